@@ -1,0 +1,33 @@
+"""Prefix-tuning (Li & Liang 2021) for any causal language model of transformers."""
+
+from .config import PrefixConfig
+from .errors import (
+    IncompatibleBaseError,
+    PrefixConfigError,
+    PrefixError,
+    PrefixFileError,
+    PrefixInputError,
+    PrefixNotConsumedError,
+    PrefixWarning,
+    UnsupportedModelError,
+)
+from .geometry import Geometry, LayerGeometry
+from .model import PrefixModel, get_prefix_model
+from .version import __version__
+
+__all__ = [
+    "Geometry",
+    "IncompatibleBaseError",
+    "LayerGeometry",
+    "PrefixConfig",
+    "PrefixConfigError",
+    "PrefixError",
+    "PrefixFileError",
+    "PrefixInputError",
+    "PrefixModel",
+    "PrefixNotConsumedError",
+    "PrefixWarning",
+    "UnsupportedModelError",
+    "__version__",
+    "get_prefix_model",
+]

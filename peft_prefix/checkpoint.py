@@ -1,0 +1,270 @@
+"""The file format of a prefix: `prefix.safetensors`, with a readable copy of its metadata in `prefix_config.json`.
+
+The tensor file is complete by itself and is what loading reads: plain keys and values, one tensor per site, layer and
+role, with the whole description in its metadata. It is written aside and renamed, so a crash leaves the old file or the
+new one.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .config import PrefixConfig
+from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError
+from .geometry import Geometry
+from .parameterization import PrefixTensors
+from .version import __version__
+
+TENSOR_FILE = "prefix.safetensors"
+CONFIG_FILE = "prefix_config.json"
+FORMAT_VERSION = 1
+_METADATA_KEY = "peft_prefix"
+
+
+@dataclass(frozen=True)
+class PrefixDescription:
+    """What a saved prefix says about itself, beside its tensors.
+
+    Args:
+        config: The configuration that it was made with.
+        geometry_fingerprint: `Geometry.fingerprint` of its base model.
+        weights_fingerprint: `weights_fingerprint` of its base model, `None` if it could not be taken.
+        dtype: Name of the tensors' dtype, e.g. `float32`.
+        sha256: Hash over the tensors; the identity of this prefix.
+        format_version: Version of this format.
+        library_version: Version of the library that wrote the file.
+    """
+
+    config: PrefixConfig
+    geometry_fingerprint: str
+    weights_fingerprint: str | None
+    dtype: str
+    sha256: str
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+    def to_json(self, indent: int | None = None) -> str:
+        """All fields in one flat JSON object."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "config"}
+        return json.dumps({**self.config.to_dict(), **fields}, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> PrefixDescription:
+        """The inverse of `to_json`.
+
+        Raises:
+            PrefixConfigError: A field is unknown, missing or its value cannot be.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise PrefixConfigError("The description of a prefix must be a JSON object.")
+        own = {field.name for field in dataclasses.fields(cls) if field.name != "config"}
+        config = PrefixConfig.from_dict({name: value for name, value in fields.items() if name not in own})
+        try:
+            return cls(config=config, **{name: value for name, value in fields.items() if name in own})
+        except TypeError as error:
+            raise PrefixConfigError(f"The description of a prefix is incomplete: {error}.") from error
+
+
+def identity(tensors: PrefixTensors) -> str:
+    """The sha256 over names, shapes, dtypes and numbers, independent of how the file is laid out."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_prefix(
+    directory: Path,
+    tensors: PrefixTensors,
+    config: PrefixConfig,
+    geometry: Geometry,
+    weights_fingerprint: str | None,
+    dtype: torch.dtype,
+) -> None:
+    """Save a prefix, leaving what is there untouched unless everything succeeds.
+
+    Args:
+        directory: Folder for the two files; made if it is missing.
+        tensors: Plain keys and values by name.
+        config: Configuration of the prefix.
+        geometry: Geometry of its base model.
+        weights_fingerprint: Fingerprint of its base model's weights, if there is one.
+        dtype: Floating-point dtype of the file.
+
+    Raises:
+        PrefixFileError: A number is not finite (also after conversion to `dtype`), or `directory` is a file.
+    """
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    require_finite(stored, f"Not saved to {directory}, which is left as it was")
+    description = PrefixDescription(
+        config=config,
+        geometry_fingerprint=geometry.fingerprint,
+        weights_fingerprint=weights_fingerprint,
+        dtype=str(dtype).removeprefix("torch."),
+        sha256=identity(stored),
+    )
+    if directory.is_file():
+        raise PrefixFileError(f"{directory} is a file; give the folder in which the prefix is to be saved.")
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", _METADATA_KEY: description.to_json()}
+    write_atomically(directory / TENSOR_FILE, save(stored, metadata=metadata))
+    write_atomically(directory / CONFIG_FILE, (description.to_json(indent=2) + "\n").encode())
+
+
+def read_description(file: Path) -> PrefixDescription:
+    """The description inside a tensor file.
+
+    Raises:
+        PrefixFileError: The file is missing, truncated, not safetensors or not a prefix.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise PrefixFileError(
+            f"There is no prefix at {file}. Give a folder that save_pretrained wrote, or a repository id on the Hub."
+        ) from error
+    except SafetensorError as error:
+        raise PrefixFileError(f"{file} is damaged or no safetensors file ({error}). Save or download it again.") from error
+    if _METADATA_KEY not in metadata:
+        raise PrefixFileError(f"{file} is a safetensors file but not a prefix that this library saved.")
+    try:
+        description = PrefixDescription.from_json(metadata[_METADATA_KEY])
+    except (ValueError, TypeError) as error:
+        raise PrefixFileError(
+            f"{file} describes itself in a way that version {__version__} does not understand ({error}). Upgrade "
+            "peft_prefix, or save the prefix again."
+        ) from error
+    if description.format_version != FORMAT_VERSION:
+        raise PrefixFileError(
+            f"{file} has format version {description.format_version}; this library reads {FORMAT_VERSION}. Upgrade "
+            "peft_prefix."
+        )
+    return description
+
+
+def read_tensors(file: Path, description: PrefixDescription, geometry: Geometry, base_name: str) -> PrefixTensors:
+    """The keys and values of a tensor file, checked against the base before and against their hash after reading.
+
+    Raises:
+        IncompatibleBaseError: The base model has other layers, heads or widths.
+        PrefixFileError: The file is damaged, its content does not match its hash, or a number is not finite.
+    """
+    expected = geometry.tensor_shapes(description.config.num_virtual_tokens)
+    try:
+        with safe_open(file, framework="pt") as content:
+            found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+            if found != expected:
+                raise IncompatibleBaseError(_mismatch(file, description, base_name, found, expected))
+            tensors = {name: content.get_tensor(name) for name in expected}
+    except SafetensorError as error:
+        raise PrefixFileError(f"{file} is damaged ({error}). Save or download it again.") from error
+    if identity(tensors) != description.sha256:
+        raise PrefixFileError(f"{file} is damaged: its content does not match its sha256. Save or download it again.")
+    require_finite(tensors, f"{file} was not loaded")
+    return tensors
+
+
+def weights_fingerprint(base: torch.nn.Module) -> str | None:
+    """A short sample of the base's weights, enough to tell two models of the same shape apart.
+
+    Four numbers of each of up to 64 weight matrices, spread over the model. `None` where weights cannot be read (not
+    materialized, or sharded over processes).
+    """
+    matrices = sorted(
+        (name, weight) for name, weight in base.named_parameters() if weight.dim() >= 2 and weight.is_floating_point()
+    )
+    if not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
+        return None
+    count = min(64, len(matrices))
+    chosen = [matrices[i * len(matrices) // count][1].detach() for i in range(count)]
+    numbers = [weight.flatten()[weight.numel() * k // 8] for weight in chosen for k in (1, 3, 5, 7)]
+    sample = torch.stack([number.to("cpu", torch.float32) for number in numbers])
+    names = hashlib.sha256(" ".join(name for name, _ in matrices).encode()).hexdigest()[:8]
+    return names + ":" + base64.b64encode(sample.numpy().tobytes()).decode()
+
+
+def same_weights(one: str | None, other: str | None) -> bool:
+    """Whether two fingerprints may come from the same weights.
+
+    The same weights loaded in another precision count as the same: one sample must be the other's rounding. So do
+    fingerprints that cannot be compared (missing, or of models whose matrices have other names, as after quantization).
+    """
+    if one is None or other is None or one[:8] != other[:8]:
+        return True
+    left, right = (
+        torch.frombuffer(bytearray(base64.b64decode(text[9:])), dtype=torch.float32) for text in (one, other)
+    )
+    if left.shape != right.shape:
+        return True
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = (left.to(dtype).float(), right.to(dtype).float())
+        if torch.equal(*rounded) and (torch.equal(rounded[0], left) or torch.equal(rounded[1], right)):
+            return True
+    return False
+
+
+def require_finite(tensors: PrefixTensors, consequence: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        PrefixFileError: Names the tensors and what did not happen.
+    """
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise PrefixFileError(
+            f"{consequence}: {_some(broken)} contain NaN or infinity. Training diverged (lower the learning rate, and go "
+            "back to an earlier checkpoint), or the numbers do not fit the file's dtype (use float32)."
+        )
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write aside, flush to disk, then rename over the target."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is private; the result is as readable as any other
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _mismatch(
+    file: Path, description: PrefixDescription, base_name: str, found: dict[str, Any], expected: dict[str, Any]
+) -> str:
+    trained_on = description.config.base_model_name_or_path or "an unnamed model"
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            difference = f"{name} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
+            break
+    return (
+        f"{file} was trained on {trained_on} and does not fit {base_name}: {difference}. Load it onto the model that it "
+        "was trained on."
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

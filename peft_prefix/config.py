@@ -1,0 +1,136 @@
+"""`PrefixConfig`: everything that defines a prefix before it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .errors import PrefixConfigError
+
+Init = Literal["vocabulary", "text", "cache", "zeros", "normal"]
+Reparameterization = Literal["none", "mlp"]
+Site = Literal["decoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """What a prefix looks like, how it starts and how it is trained.
+
+    Args:
+        num_virtual_tokens: Length `p` of the prefix, at least 1.
+        init: The initializer, i.e. what fills the prefix before training. `"vocabulary"` takes the keys and values
+            that the base model computes for random words of its vocabulary; `"text"` those of `init_text` (or of
+            `input_ids`); `"cache"` a key/value cache that is given; `"zeros"` and `"normal"` need nothing.
+            Activations of real tokens start far better than random numbers (Li & Liang 2021, section 7.4).
+        init_text: The text for `init="text"`. It is cut to `num_virtual_tokens` tokens, or repeated to fill them.
+        init_std: Standard deviation of `init="normal"`.
+        init_seed: Seed of the random initializers; the global random state is neither read nor changed.
+        reparameterization: `"none"` trains keys and values directly; `"mlp"` trains the paper's two-layer network
+            that produces them (Li & Liang 2021, section 4.3). Both save the same plain keys and values.
+        mlp_hidden_size: Width of the reparameterization's hidden layer and of its input embedding.
+        dropout: Probability of dropping single numbers of the prefix while training.
+        sites: Where the prefix acts. A causal language model has one site, `"decoder"`.
+        base_model_name_or_path: Name of the base model; filled in from the base when left out.
+        base_model_revision: Revision of the base model on the Hub; filled in from the base when it is known.
+
+    Raises:
+        PrefixConfigError: A field is unknown or its value cannot be.
+
+    Example:
+        >>> PrefixConfig(num_virtual_tokens=20).init
+        'vocabulary'
+    """
+
+    num_virtual_tokens: int = 20
+    init: Init = "vocabulary"
+    init_text: str | None = None
+    init_std: float = 0.02
+    init_seed: int = 0
+    reparameterization: Reparameterization = "none"
+    mlp_hidden_size: int = 512
+    dropout: float = 0.0
+    sites: tuple[Site, ...] = ("decoder",)
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+
+    def __new__(cls, *args: object, **kwargs: object) -> PrefixConfig:
+        """Reject unknown fields by name before the dataclass does it without a hint."""
+        if args:
+            raise PrefixConfigError(
+                "PrefixConfig takes keyword arguments only, e.g. PrefixConfig(num_virtual_tokens=20)."
+            )
+        _reject_unknown_fields(kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _require_int("num_virtual_tokens", self.num_virtual_tokens, minimum=1)
+        _require_int("mlp_hidden_size", self.mlp_hidden_size, minimum=1)
+        _require_int("init_seed", self.init_seed, minimum=0)
+        _require_choice("init", self.init, get_args(Init))
+        _require_choice("reparameterization", self.reparameterization, get_args(Reparameterization))
+        _require_number("dropout", self.dropout, minimum=0.0, below=1.0)
+        _require_number("init_std", self.init_std, minimum=0.0, below=math.inf)
+        object.__setattr__(self, "sites", _validated_sites(self.sites))
+        for name in ("init_text", "base_model_name_or_path", "base_model_revision"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise PrefixConfigError(f"{name} must be a string or None, not {value!r}.")
+        if self.init_text is not None and self.init != "text":
+            raise PrefixConfigError(
+                f'init_text is given but init={self.init!r} does not read it: use init="text" or drop init_text.'
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {**dataclasses.asdict(self), "sites": list(self.sites)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PrefixConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            PrefixConfigError: A field is unknown or its value cannot be.
+        """
+        return cls(**dict(fields))
+
+    def replace(self, **changes: Any) -> PrefixConfig:
+        """A copy with some fields changed and everything validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _reject_unknown_fields(kwargs: Mapping[str, object]) -> None:
+    known = [field.name for field in dataclasses.fields(PrefixConfig)]
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
+            raise PrefixConfigError(f"PrefixConfig has no field {name!r}: {hint}")
+
+
+def _require_int(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise PrefixConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}.")
+
+
+def _require_number(name: str, value: object, *, minimum: float, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value < below:
+        raise PrefixConfigError(f"{name} must be a number from {minimum} to below {below}, not {value!r}.")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PrefixConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def _validated_sites(sites: object) -> tuple[Site, ...]:
+    known: tuple[Site, ...] = get_args(Site)
+    if isinstance(sites, str) or not isinstance(sites, Iterable):
+        raise PrefixConfigError(f"sites must be a list of site names, e.g. {list(known)}, not {sites!r}.")
+    chosen = tuple(sites)
+    if not chosen or len(set(chosen)) != len(chosen) or any(site not in known for site in chosen):
+        raise PrefixConfigError(f"sites must name each of {list(known)} at most once and one at least, not {sites!r}.")
+    return chosen

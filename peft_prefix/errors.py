@@ -1,0 +1,35 @@
+"""What can go wrong, one class each. Every message names the cause and the way out."""
+
+from __future__ import annotations
+
+
+class PrefixError(Exception):
+    """Base class of all errors that this library raises on purpose."""
+
+
+class PrefixConfigError(PrefixError, ValueError):
+    """A `PrefixConfig` has an unknown field or a value that cannot be."""
+
+
+class UnsupportedModelError(PrefixError, TypeError):
+    """The base model keeps no keys and values that a prefix could join."""
+
+
+class PrefixInputError(PrefixError, ValueError):
+    """An argument of a call (mask, positions, cache, keyword, initializer input) does not fit."""
+
+
+class PrefixNotConsumedError(PrefixError, RuntimeError):
+    """The base model ran without reading the prefix, so its output would silently ignore the task."""
+
+
+class PrefixFileError(PrefixError, OSError):
+    """A saved prefix is missing, truncated, corrupted or not a prefix."""
+
+
+class IncompatibleBaseError(PrefixError, ValueError):
+    """A saved prefix has other shapes than the base model that it is loaded onto."""
+
+
+class PrefixWarning(UserWarning):
+    """Something is probably not what the user wants, but could be."""

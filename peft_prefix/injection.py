@@ -1,0 +1,252 @@
+"""How a prefix gets into a forward pass of the base: cache, mask and positions, and nothing else.
+
+`Injection.enter` takes the arguments of one call as the user (or `generate`) wrote them, in terms of real tokens, and
+returns them as the base must receive them; `Injection.leave` checks that the prefix was read and hands the user's own
+cache back. Both ways into the base, `forward` and `generate`, come through here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils import ModelOutput
+from transformers.utils.generic import TransformersKwargs
+
+from .cache import KeyValue, PrefixedCache, RowOrder
+from .errors import PrefixInputError, PrefixNotConsumedError, UnsupportedModelError
+from .masks import leading_padding, model_masks, positions_of_real_tokens, with_prefix_columns
+
+_OWNER = "_prefix_owner"
+"""Attribute of a user's cache that says which prefix its tokens were read with."""
+
+
+class Injection:
+    """What has to be known about one base model to run it with a prefix.
+
+    Args:
+        base: A causal language model.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.signature = inspect.signature(base.forward)
+        parameters = self.signature.parameters
+        self.accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        if len(self.accepted) < len(parameters):
+            # What a `**kwargs` of transformers stands for; anything else would vanish in it.
+            self.accepted |= {"return_dict", *TransformersKwargs.__annotations__}
+        self.takes_positions = "position_ids" in parameters
+        text_config = base.config.get_text_config(decoder=True)
+        self.has_windows = any(DynamicCache(config=text_config).is_sliding)
+        self.position_limit = _position_limit(text_config)
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call of the base by name.
+
+        Raises:
+            PrefixInputError: An argument is given twice, or too many by position.
+        """
+        named = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        if len(named) != len(args) + len(kwargs):
+            raise PrefixInputError("An argument was given twice, by position and by name, or too many by position.")
+        return named
+
+    def understood(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """As `named`, after checking that the base understands each argument.
+
+        Raises:
+            PrefixInputError: Also for a keyword that the base would ignore.
+        """
+        named = self.named(args, kwargs)
+        unknown = sorted(name for name in named if name not in self.accepted)
+        if unknown:
+            raise PrefixInputError(
+                f"The base model does not understand {', '.join(unknown)}; it takes {', '.join(sorted(self.accepted))}."
+            )
+        return named
+
+    def enter(
+        self, base: PreTrainedModel, arguments: dict[str, Any], prefix: list[KeyValue | None], owner: str
+    ) -> dict[str, Any]:
+        """The arguments of one base call with the prefix put in.
+
+        Args:
+            base: The base model.
+            arguments: The call's arguments by name, in terms of real tokens.
+            prefix: Per layer the prefix's keys and values, or `None`.
+            owner: Identity of the prefix, to recognize the caches that were filled with it.
+
+        Returns:
+            New arguments, whose `past_key_values` is a `PrefixedCache`.
+
+        Raises:
+            PrefixInputError: Mask, positions, cache or length do not fit.
+        """
+        if self.has_windows and str(base.config._attn_implementation).startswith("flash"):
+            raise UnsupportedModelError(
+                "Flash attention cannot keep a prefix visible beyond a sliding window. Load the base model with "
+                'attn_implementation="sdpa".'
+            )
+        p = next(states[0].shape[-2] for states in prefix if states is not None)
+        new_tokens = _new_tokens(arguments)
+        past = self._past(base, arguments, owner)
+        seen = 0 if past is None else past.get_seq_length()
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            _check_padding_mask(mask, new_tokens, past, seen)
+
+        order = None
+        result = dict(arguments)
+        if self.takes_positions:
+            result["position_ids"] = self._positions(positions, mask, new_tokens, seen, p)
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            order = RowOrder(leading_padding(mask), p)
+        self._check_length(p, seen, new_tokens, result.get("position_ids"))
+
+        is_prepared = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+        packed = mask is None and past is None and positions is not None and _is_packed(positions)
+        if (self.has_windows or packed) and not is_prepared:
+            own = model_masks(base, mask, past, positions, new_tokens)
+            result["attention_mask"] = with_prefix_columns(own, p, new_tokens, past)
+        elif mask is not None:
+            result["attention_mask"] = with_prefix_columns(mask, p, new_tokens, past, order)
+        result["past_key_values"] = PrefixedCache(prefix, past, order)
+        return result
+
+    def leave(self, base: PreTrainedModel, output: Any, cache: PrefixedCache) -> Any:
+        """The base's output, with the user's cache in place of ours.
+
+        Raises:
+            PrefixNotConsumedError: The base ran without reading the prefix somewhere.
+        """
+        unread = cache.unread_layers()
+        if unread:
+            checkpointing = getattr(base, "is_activation_checkpointing", False) or getattr(
+                base, "is_gradient_checkpointing", False
+            )
+            remedy = (
+                "Gradient checkpointing drops it: call gradient_checkpointing_disable()."
+                if checkpointing
+                else f"{type(base).__name__} keeps keys and values in a way that this library does not know."
+            )
+            raise PrefixNotConsumedError(f"The prefix was not read by layers {unread} of the base model. {remedy}")
+        if isinstance(output, ModelOutput):
+            if output.get("past_key_values") is not cache:
+                return output
+            items = {name: cache.past if value is cache else value for name, value in output.items()}
+            # An output names what is there; `generate` asks it by name.
+            return type(output)(**{name: value for name, value in items.items() if value is not None})
+        if isinstance(output, tuple):
+            replaced = (cache.past if item is cache else item for item in output)
+            return tuple(item for item in replaced if item is not None)
+        return output
+
+    def _past(self, base: PreTrainedModel, arguments: dict[str, Any], owner: str) -> Cache | None:
+        past = arguments.get("past_key_values")
+        if past is None:
+            use_cache = arguments.get("use_cache")
+            if use_cache is None:
+                # In training a cache would only hold memory; the base makes one because its config says so.
+                use_cache = base.config.use_cache and not base.training
+            if not use_cache:
+                return None
+            past = DynamicCache(config=base.config.get_text_config(decoder=True))
+        elif not isinstance(past, Cache):
+            raise PrefixInputError(
+                f"past_key_values must be a transformers Cache, not {type(past).__name__}. Start with DynamicCache()."
+            )
+        require_owner(past, owner)
+        setattr(past, _OWNER, owner)
+        return past
+
+    def _positions(
+        self,
+        positions: torch.Tensor | None,
+        mask: Any,
+        new_tokens: torch.Tensor,
+        seen: int | torch.Tensor,
+        p: int,
+    ) -> torch.Tensor:
+        if positions is None:
+            length = new_tokens.shape[1]
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                positions = positions_of_real_tokens(mask[:, : seen + length], length)
+            else:
+                positions = (torch.arange(length, device=new_tokens.device) + seen)[None, :]
+        return positions + p
+
+    def _check_length(
+        self, p: int, seen: int | torch.Tensor, new_tokens: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
+        if self.position_limit is None or not isinstance(seen, int):
+            return
+        length = p + seen + new_tokens.shape[1]
+        if length <= self.position_limit:
+            return
+        if positions is not None:
+            length = int(positions.max()) + 1
+            if length <= self.position_limit:
+                return
+        raise PrefixInputError(
+            f"{p} virtual tokens and {length - p} real tokens need {length} positions, but the base model has "
+            f"{self.position_limit}. Shorten the text (max_length={self.position_limit - p} in the tokenizer) or use "
+            "fewer virtual tokens."
+        )
+
+
+def require_owner(cache: Cache, owner: str | None) -> None:
+    """Check that every token of a cache was read with this prefix (or with none, if `owner` is `None`).
+
+    Raises:
+        PrefixInputError: The cache holds tokens that were read in another way, so continuing it would be wrong.
+    """
+    found = getattr(cache, _OWNER, None)
+    if found == owner or cache.get_seq_length() == 0:
+        return
+    read_with = "without a prefix" if found is None else f"with prefix {found}"
+    wanted = "without a prefix" if owner is None else f"with prefix {owner}"
+    raise PrefixInputError(
+        f"This cache holds {int(cache.get_seq_length())} tokens that were read {read_with} and cannot be continued "
+        f"{wanted}. Pass an empty cache, or one that was returned under the same prefix."
+    )
+
+
+def _new_tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
+    for name in ("input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            tokens: torch.Tensor = arguments[name]
+            return tokens
+    raise PrefixInputError("Pass input_ids or inputs_embeds.")
+
+
+def _check_padding_mask(
+    mask: torch.Tensor, new_tokens: torch.Tensor, past: Cache | None, seen: int | torch.Tensor
+) -> None:
+    if not isinstance(seen, int) or (past is not None and past.is_compileable):
+        return  # a cache of fixed size may come with a mask of its whole capacity
+    expected = (new_tokens.shape[0], seen + new_tokens.shape[1])
+    if tuple(mask.shape) != expected:
+        raise PrefixInputError(
+            f"attention_mask has shape {tuple(mask.shape)} where {expected} is needed: one column for each real token, "
+            f"{seen} cached and {new_tokens.shape[1]} new. The prefix gets its columns by itself."
+        )
+
+
+def _is_packed(positions: torch.Tensor) -> bool:
+    return positions.dim() == 2 and find_packed_sequence_indices(positions) is not None
+
+
+def _position_limit(text_config: Any) -> int | None:
+    """Largest number of positions that the config declares, unless the model stretches its positions while it runs."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+        return None
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(text_config, name, None)
+        if isinstance(limit, int):
+            return limit
+    return None

@@ -1,0 +1,55 @@
+"""A warning for learning rates that would leave a directly trained prefix where it started.
+
+Keys and values that are parameters themselves need steps some hundred times larger than weights do. The Trainer's
+default of 5e-5 moves them so little that training looks broken, which is the most common way to fail with this method.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import PrefixWarning
+
+GOOD_LEARNING_RATE = 3e-2
+"""A learning rate for a direct prefix and an Adam-like optimizer that worked well in our measurements."""
+
+SMALLEST_USEFUL_LEARNING_RATE = 1e-3
+"""Below this a direct prefix hardly moves in thousands of steps."""
+
+
+class LearningRateWatch:
+    """Looks once at the first optimizer step that contains the given parameters.
+
+    Args:
+        parameters: The keys and values that are trained directly.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._parameters = WeakIdKeyDictionary({parameter: None for parameter in parameters})
+        self._handle = register_optimizer_step_pre_hook(self._look)
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._handle.remove()
+
+    def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            if any(parameter in self._parameters for parameter in group["params"]):
+                self.stop()
+                # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
+                rate = float(max(group["lr"], group.get("initial_lr", 0.0)))
+                if rate < SMALLEST_USEFUL_LEARNING_RATE:
+                    warnings.warn(
+                        f"The learning rate {rate:g} will hardly move a prefix of plain keys and values. Use about "
+                        f"{GOOD_LEARNING_RATE:g} (TrainingArguments(learning_rate={GOOD_LEARNING_RATE:g})), or "
+                        'PrefixConfig(reparameterization="mlp") for small ones.',
+                        PrefixWarning,
+                        stacklevel=2,
+                    )
+                return

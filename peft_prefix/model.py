@@ -1,0 +1,606 @@
+"""`PrefixModel`: a frozen base model and the prefixes that can be put before it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from . import checkpoint
+from .cache import KeyValue, PrefixedCache
+from .config import PrefixConfig
+from .errors import PrefixConfigError, PrefixFileError, PrefixInputError, PrefixWarning
+from .geometry import trace_geometry
+from .hub import locate_prefix
+from .initializers import InitInputs, initial_tensors
+from .injection import Injection, require_owner
+from .learning_rate import LearningRateWatch
+from .local_windows import LocalWindows
+from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
+
+DEFAULT_PREFIX = "default"
+_PREFIXES = "prefixes"
+_model_numbers = itertools.count(1)
+_generating: ContextVar[PrefixModel | None] = ContextVar("_generating", default=None)
+
+
+class PrefixModel(PreTrainedModel):
+    """A frozen transformers model with trainable prefixes. Made by `get_prefix_model` or `from_pretrained`.
+
+    It takes the arguments of the base model, gives the outputs of the base model, and to the rest of transformers (the
+    `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
+    those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
+    are in `state_dict()`. `train()` and `eval()` reach the base, too: its own dropout acts in training, as in
+    fine-tuning.
+
+    Attributes:
+        base: The base model. `model.base(...)` runs it without any prefix.
+        geometry: Where the base keeps keys and values, and in which shapes.
+        active_prefix: Name of the prefix in use.
+    """
+
+    base_model_prefix = "base"
+    base: PreTrainedModel
+
+    def __new__(cls, base: PreTrainedModel, *args: Any, **kwargs: Any) -> PrefixModel:
+        """Specialize the class, so that `transformers` reads the base's architecture from it."""
+        _require_base(base)
+        return super().__new__(_specialized(cls, type(base)))
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        """Freeze the base and find its geometry.
+
+        Args:
+            base: Any causal language model of transformers.
+
+        Raises:
+            UnsupportedModelError: The model has no keys and values that a prefix could join.
+        """
+        geometry = trace_geometry(base)
+        super().__init__(base.config)
+        self.base = base.requires_grad_(False)
+        self.geometry = geometry
+        self.prefixes = nn.ModuleDict()
+        self.prefix_configs: dict[str, PrefixConfig] = {}
+        self.active_prefix: str | None = None
+        self._number = next(_model_numbers)
+        self._injection = Injection(base)
+        self._local_windows = LocalWindows(base)
+        self._disabled = False
+        self.train(base.training)
+
+    # ------------------------------------------------------------------ prefixes
+
+    def add_prefix(
+        self,
+        name: str,
+        config: PrefixConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> None:
+        """Make a new prefix, filled by its initializer, and make it the active one.
+
+        Args:
+            name: A name that is not taken.
+            config: What it looks like.
+            tokenizer: Reads `config.init_text`.
+            input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.
+            past_key_values: For `init="cache"`: a cache of one row and `num_virtual_tokens` tokens.
+
+        Raises:
+            PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
+        """
+        self._check_new_name(name)
+        tensors = initial_tensors(
+            InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values)
+        )
+        self._install(name, self._completed(config), tensors)
+
+    def set_prefix(self, name: str) -> None:
+        """Use another prefix from now on; training goes to it alone.
+
+        Raises:
+            PrefixConfigError: There is no prefix of that name.
+        """
+        self._check_known_name(name)
+        self.active_prefix = name
+
+    def initialize_prefix(
+        self,
+        *,
+        text: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> None:
+        """Fill the active prefix anew, from a text, from token ids or from a cache.
+
+        Args:
+            text: A text; needs `tokenizer`. It is cut or repeated to the prefix's length.
+            tokenizer: Reads `text`.
+            input_ids: A text as token ids, `(tokens,)` or `(1, tokens)`.
+            past_key_values: A cache of one row and `num_virtual_tokens` tokens that the base model filled.
+
+        Raises:
+            PrefixConfigError: Not exactly one of `text`, `input_ids` and `past_key_values` is given.
+        """
+        if sum(source is not None for source in (text, input_ids, past_key_values)) != 1:
+            raise PrefixConfigError("Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=...")
+        name, config = self._active()
+        config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
+        tensors = initial_tensors(
+            InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values)
+        )
+        self._parameterization(name).start_from(tensors)
+        self.prefix_configs[name] = config
+
+    def prefix_state_dict(self) -> PrefixTensors:
+        """The active prefix's plain keys `(H, p, Dk)` and values `(H, p, Dv)`, detached, named as they are saved."""
+        name, _ = self._active()
+        with torch.no_grad():
+            return {key: tensor.detach().clone() for key, tensor in self._parameterization(name)().items()}
+
+    @contextmanager
+    def disable_prefix(self) -> Iterator[None]:
+        """Inside this context the model is exactly its base."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    # ------------------------------------------------------------------ running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with the active prefix.
+
+        Args:
+            *args: The base model's arguments.
+            **kwargs: The base model's arguments, all in terms of real tokens: `attention_mask` `(batch, seen + new)`
+                has no columns for the prefix, `position_ids` start at 0, `past_key_values` holds real tokens only.
+
+        Returns:
+            The base model's output. `loss` and `logits` `(batch, new, vocabulary)` are about real tokens; its
+            `past_key_values` can be passed back in for the next tokens.
+
+        Raises:
+            PrefixInputError: An argument does not fit or is not understood.
+            PrefixNotConsumedError: The base did not read the prefix.
+        """
+        arguments = self._injection.understood(args, kwargs)
+        if self._disabled:
+            _require_owner_of(arguments, None)
+            return self.base(**arguments)
+        if _generating.get() is self:
+            return self.base(**arguments)
+        name, config = self._active()
+        with self._local_windows.opened(config.num_virtual_tokens):
+            arguments = self._entered(arguments)
+            output = self.base(**arguments)
+        return self._injection.leave(self.base, output, arguments["past_key_values"])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the active prefix; arguments and results are those of the base's `generate`.
+
+        The prefix counts neither as prompt nor as generated text: `max_new_tokens`, `max_length`, stopping criteria
+        and returned sequences are about real tokens.
+        """
+        if self._disabled:
+            _require_owner_of(kwargs, None)
+            return self.base.generate(*args, **kwargs)
+        _, config = self._active()
+        caches: list[PrefixedCache] = []
+
+        def enter(base: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            if _generating.get() is not self:
+                return None
+            arguments = self._entered(self._injection.named(args, kwargs))
+            caches.append(arguments["past_key_values"])
+            return (), arguments
+
+        def leave(base: PreTrainedModel, args: Any, kwargs: Any, output: Any) -> Any:
+            return self._injection.leave(base, output, caches.pop()) if _generating.get() is self else output
+
+        handles = [
+            self.base.register_forward_pre_hook(enter, with_kwargs=True),
+            self.base.register_forward_hook(leave, with_kwargs=True),
+        ]
+        token = _generating.set(self)
+        try:
+            with self._local_windows.opened(config.num_virtual_tokens):
+                return self.base.generate(*args, **kwargs)
+        finally:
+            _generating.reset(token)
+            for handle in handles:
+                handle.remove()
+
+    def train(self, mode: bool = True) -> PrefixModel:
+        """Switch training mode, in the base too."""
+        super().train(mode)
+        return self
+
+    def _entered(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        name, config = self._active()
+        tensors = self._parameterization(name)()
+        batch = next(arguments[key] for key in ("input_ids", "inputs_embeds") if arguments.get(key) is not None)
+        rows = batch.shape[0] if self.training and config.dropout > 0 else 1
+
+        def states(key: str) -> torch.Tensor:
+            row = tensors[key][None].expand(rows, -1, -1, -1)
+            return nn.functional.dropout(row, config.dropout, self.training)
+
+        prefix: list[KeyValue | None] = [
+            None if layer is None else (states(f"decoder.layers.{i}.key"), states(f"decoder.layers.{i}.value"))
+            for i, layer in enumerate(self.geometry.sites["decoder"])
+        ]
+        return self._injection.enter(self.base, arguments, prefix, f"{name!r} of model {self._number}")
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Save the active prefix: `prefix.safetensors` and `prefix_config.json`.
+
+        In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
+        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
+
+        Args:
+            save_directory: Folder for the files; made if it is missing.
+            is_main_process: With several processes, whether this one writes.
+            state_dict: The training state, if the caller has gathered it already.
+            push_to_hub: Upload the folder to `repo_id` afterwards.
+            dtype: Floating-point dtype of `prefix.safetensors`.
+            repo_id: Repository on the Hub; by default named like the folder.
+            token: Access token for the Hub.
+            max_shard_size: Ignored: a prefix is one small file. (`push_to_hub` of transformers passes it.)
+
+        Raises:
+            PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
+        """
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        name, config = self._active()
+        checkpoint.write_prefix(
+            directory,
+            self.prefix_state_dict(),
+            config,
+            self.geometry,
+            checkpoint.weights_fingerprint(self.base),
+            dtype,
+        )
+        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in (state_dict or self.state_dict()).items()}
+            checkpoint.write_atomically(
+                directory / SAFE_WEIGHTS_NAME, checkpoint.save(state, metadata={"format": "pt"})
+            )
+        if push_to_hub:
+            self.push_to_hub(repo_id or directory.name, token=token)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        base: PreTrainedModel,
+        prefix_name_or_path: str | Path,
+        *,
+        name: str = DEFAULT_PREFIX,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> PrefixModel:
+        """A base model with a saved prefix.
+
+        Args:
+            base: The model that the prefix was trained on.
+            prefix_name_or_path: A folder that `save_pretrained` wrote, or a repository id on the Hub.
+            name: Name of the prefix in the model.
+            is_trainable: Whether to train it further; otherwise it is frozen and the model is in evaluation mode.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside `prefix_name_or_path`.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never contact the Hub.
+
+        Returns:
+            The model, with the prefix active.
+
+        Raises:
+            PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
+            IncompatibleBaseError: The base has other layers, heads or widths.
+        """
+        model = cls(base)
+        model.load_prefix(
+            prefix_name_or_path,
+            name,
+            is_trainable=is_trainable,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        if not is_trainable:
+            model.eval()
+        return model
+
+    def load_prefix(
+        self,
+        prefix_name_or_path: str | Path,
+        name: str = DEFAULT_PREFIX,
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load another prefix beside those that are there. It is used after `set_prefix(name)`, or at once if it is the first.
+
+        Args: as `from_pretrained`.
+
+        Raises:
+            PrefixConfigError: The name is taken.
+            PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
+            IncompatibleBaseError: The base has other layers, heads or widths.
+        """
+        self._check_new_name(name)
+        file = locate_prefix(
+            prefix_name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        description = checkpoint.read_description(file)
+        tensors = checkpoint.read_tensors(file, description, self.geometry, _name_of(self.base))
+        if not checkpoint.same_weights(description.weights_fingerprint, checkpoint.weights_fingerprint(self.base)):
+            trained_on = description.config.base_model_name_or_path or "an unnamed model"
+            warnings.warn(
+                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with other "
+                "weights. It will probably work badly; load it onto the model that it was trained on.",
+                PrefixWarning,
+                stacklevel=2,
+            )
+        active = self.active_prefix
+        self._install(name, description.config, tensors)
+        self.prefixes[name].requires_grad_(is_trainable)
+        self.active_prefix = active or name
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The training state: parameters and buffers of the prefixes, nothing of the base."""
+        full: dict[str, Any] = super().state_dict(*args, **kwargs)
+        own = f"{kwargs.get('prefix', '')}{_PREFIXES}."
+        for key in [key for key in full if not key.startswith(own)]:
+            del full[key]
+        return full
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
+                a half restored prefix would train on in silence.
+        """
+        expected = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
+        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+        if expected != found:
+            different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise PrefixFileError(
+                f"The training state does not fit this model's prefixes: {checkpoint._some(different)}. Resume with the "
+                "PrefixConfig that the training was started with."
+            )
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+
+    # ------------------------------------------------------------------ what transformers asks of a model
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base model, as PEFT users call it."""
+        return self.base
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, in the format that PEFT users know."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's generation settings."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "base" in self._modules:  # the constructor of transformers makes one before the base is there
+            self.base.generation_config = value
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss can be told the number of items in the whole batch (asked by the `Trainer`)."""
+        declared = getattr(self.base, "accepts_loss_kwargs", None)
+        if declared is not None:
+            return bool(declared)
+        parameters = inspect.signature(self.base.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base model's input embeddings."""
+        embeddings: nn.Module = self.base.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base model's vocabulary projection."""
+        embeddings: nn.Module | None = self.base.get_output_embeddings()
+        return embeddings
+
+    # ------------------------------------------------------------------ inside
+
+    def _active(self) -> tuple[str, PrefixConfig]:
+        if self.active_prefix is None:
+            raise PrefixConfigError("The model has no prefix yet: call add_prefix or load_prefix first.")
+        return self.active_prefix, self.prefix_configs[self.active_prefix]
+
+    def _parameterization(self, name: str) -> DirectPrefix | MLPPrefix:
+        module = self.prefixes[name]
+        assert isinstance(module, (DirectPrefix, MLPPrefix))
+        return module
+
+    def _install(self, name: str, config: PrefixConfig, tensors: PrefixTensors) -> None:
+        module = build_parameterization(self.geometry, config)
+        module.start_from(tensors)
+        self.prefixes[name] = module.to(self.base.device).train(self.training)
+        self.prefix_configs[name] = config
+        self.active_prefix = name
+        if isinstance(module, DirectPrefix):
+            watch = LearningRateWatch(module.parameters())
+            weakref.finalize(module, watch.stop)
+
+    def _completed(self, config: PrefixConfig) -> PrefixConfig:
+        return config.replace(
+            base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
+            base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
+        )
+
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise PrefixConfigError(f"A prefix's name consists of letters, digits, '_' and '-', unlike {name!r}.")
+        if name in self.prefix_configs:
+            raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
+
+    def _check_known_name(self, name: str) -> None:
+        if name not in self.prefix_configs:
+            raise PrefixConfigError(f"There is no prefix {name!r}; there are {sorted(self.prefix_configs)}.")
+
+
+def get_prefix_model(
+    base: PreTrainedModel,
+    config: PrefixConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    input_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> PrefixModel:
+    """Freeze a model and put a trainable prefix before it.
+
+    Args:
+        base: Any causal language model of transformers.
+        config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
+        tokenizer: Reads `config.init_text` for `init="text"`.
+        input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.
+        past_key_values: For `init="cache"`: a cache of one row and `num_virtual_tokens` tokens.
+
+    Returns:
+        The model, with one active prefix named `default`.
+
+    Raises:
+        UnsupportedModelError: The model has no keys and values that a prefix could join.
+        PrefixConfigError: The configuration cannot be, or the initializer lacks something.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=100))
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=5))
+        >>> model.print_trainable_parameters()
+        trainable params: 160 || all params: 10,800 || trainable%: 1.4815
+    """
+    if config is not None and not isinstance(config, PrefixConfig):
+        raise PrefixConfigError(f"config must be a PrefixConfig, not {type(config).__name__}.")
+    model = PrefixModel(base)
+    model.add_prefix(
+        DEFAULT_PREFIX,
+        config or PrefixConfig(),
+        tokenizer=tokenizer,
+        input_ids=input_ids,
+        past_key_values=past_key_values,
+    )
+    return model
+
+
+@lru_cache(maxsize=None)
+def _specialized(cls: type[PrefixModel], base_class: type[PreTrainedModel]) -> type[PrefixModel]:
+    """A subclass that carries what transformers reads from a model's class: name, settings and forward signature.
+
+    The `Trainer` finds label names in the class's forward signature, pipelines know architectures by class name, and
+    attention backends are class attributes. All of that is the base's.
+    """
+
+    def forward(self: PrefixModel, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    forward.__doc__ = cls.forward.__doc__
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    settings = {
+        name: getattr(base_class, name)
+        for name, default in vars(PreTrainedModel).items()
+        if not name.startswith("__") and not callable(default) and not isinstance(default, (property, classmethod))
+    }
+    module_paths = ("base_model_prefix", "_tied_weights_keys", "_tp_plan", "_pp_plan", "_ep_plan", "_auto_class")
+    for name in module_paths:
+        settings.pop(name, None)
+    namespace = {
+        **settings,
+        "__module__": base_class.__module__,  # some abilities are looked up in the module's source
+        "__qualname__": f"{cls.__qualname__}[{base_class.__name__}]",
+        "__doc__": cls.__doc__,
+        "forward": forward,
+        "can_generate": classmethod(lambda _: base_class.can_generate()),
+    }
+    return type(base_class.__name__, (cls,), namespace)
+
+
+def _require_base(base: object) -> None:
+    if isinstance(base, PrefixModel):
+        raise PrefixInputError("This model has prefixes already; use add_prefix or load_prefix for another one.")
+    if not isinstance(base, PreTrainedModel):
+        raise PrefixInputError(
+            f"The base must be a transformers model, not {type(base).__name__}. Load it first, e.g. with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def _require_owner_of(arguments: Mapping[str, Any], owner: str | None) -> None:
+    past = arguments.get("past_key_values")
+    if isinstance(past, Cache):
+        require_owner(past, owner)
+
+
+def _name_of(base: PreTrainedModel) -> str:
+    return base.config.name_or_path or f"this {type(base).__name__}"
