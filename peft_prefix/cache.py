@@ -69,6 +69,11 @@ class PrefixedLayer(CacheLayerMixin):
         """False: the prefix stays visible at every distance, so the layer as a whole has no window."""
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the cache underneath has a fixed size, so that masks must hide its unused entries."""
+        return self.past is not None and self.past.is_compileable
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to allocate: the cache underneath looks after itself."""
 

@@ -136,9 +136,10 @@ def read_description(file: Path) -> PrefixDescription:
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except OSError as error:
         raise PrefixFileError(
-            f"There is no prefix at {file}. Give a folder that save_pretrained wrote, or a repository id on the Hub."
+            f"There is no prefix at {file} ({error}). Give a folder that save_pretrained wrote, or a repository id on "
+            "the Hub."
         ) from error
     except SafetensorError as error:
         raise PrefixFileError(f"{file} is damaged or no safetensors file ({error}). Save or download it again.") from error

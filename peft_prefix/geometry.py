@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .errors import UnsupportedModelError
@@ -92,11 +92,13 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
             f"{name} keeps no keys and values: its forward takes no `past_key_values`, which is how a prefix reaches "
             "attention. Prefix-tuning needs a model with attention layers and a key/value cache."
         )
-    cache = activations(base, torch.ones(1, 1, dtype=torch.long))
-    layers = tuple(_layer_geometry(name, layer) for layer in cache.layers)
+    with evaluation_mode(base), torch.no_grad():
+        output = base(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.device), use_cache=True)
+    cache = output.get("past_key_values")
+    layers = tuple(_layer_geometry(name, layer) for layer in cache.layers) if isinstance(cache, Cache) else ()
     if not any(layers):
         raise UnsupportedModelError(
-            f"{name} keeps no keys and values: it ran with `use_cache=True` and left its cache empty. Prefix-tuning "
+            f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. Prefix-tuning "
             "needs a causal language model (for example AutoModelForCausalLM; for BERT-like models `is_decoder=True`)."
         )
     return Geometry({"decoder": layers})

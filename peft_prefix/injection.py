@@ -38,7 +38,7 @@ class Injection:
         self.accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if len(self.accepted) < len(parameters):
             # What a `**kwargs` of transformers stands for; anything else would vanish in it.
-            self.accepted |= {"return_dict", *TransformersKwargs.__annotations__}
+            self.accepted |= {"return_dict", *TransformersKwargs.__annotations__} - {"position_ids"}
         self.takes_positions = "position_ids" in parameters
         text_config = base.config.get_text_config(decoder=True)
         self.has_windows = any(DynamicCache(config=text_config).is_sliding)
@@ -85,14 +85,22 @@ class Injection:
 
         Raises:
             PrefixInputError: Mask, positions, cache or length do not fit.
+            PrefixNotConsumedError: The base is set up to drop the prefix.
+            UnsupportedModelError: The base's attention implementation cannot keep the prefix visible.
         """
         if self.has_windows and str(base.config._attn_implementation).startswith("flash"):
             raise UnsupportedModelError(
                 "Flash attention cannot keep a prefix visible beyond a sliding window. Load the base model with "
                 'attn_implementation="sdpa".'
             )
+        if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            raise PrefixNotConsumedError(
+                "Gradient checkpointing would drop the prefix on its way to attention. Switch it off "
+                "(gradient_checkpointing=False in TrainingArguments); to save memory, use a smaller batch with "
+                "gradient_accumulation_steps."
+            )
         p = next(states[0].shape[-2] for states in prefix if states is not None)
-        new_tokens = _new_tokens(arguments)
+        new_tokens = new_tokens_of(arguments)
         past = self._past(base, arguments, owner)
         seen = 0 if past is None else past.get_seq_length()
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -125,15 +133,11 @@ class Injection:
         """
         unread = cache.unread_layers()
         if unread:
-            checkpointing = getattr(base, "is_activation_checkpointing", False) or getattr(
-                base, "is_gradient_checkpointing", False
+            raise PrefixNotConsumedError(
+                f"The prefix was not read by layers {unread} of the base model, so its output would ignore the prefix. "
+                f"Something between {type(base).__name__} and its attention drops `past_key_values`; remove hooks and "
+                "wrappers around the base, or report the model."
             )
-            remedy = (
-                "Gradient checkpointing drops it: call gradient_checkpointing_disable()."
-                if checkpointing
-                else f"{type(base).__name__} keeps keys and values in a way that this library does not know."
-            )
-            raise PrefixNotConsumedError(f"The prefix was not read by layers {unread} of the base model. {remedy}")
         if isinstance(output, ModelOutput):
             if output.get("past_key_values") is not cache:
                 return output
@@ -215,7 +219,12 @@ def require_owner(cache: Cache, owner: str | None) -> None:
     )
 
 
-def _new_tokens(arguments: Mapping[str, Any]) -> torch.Tensor:
+def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The new tokens of a call, as ids `(batch, new)` or as embeddings `(batch, new, hidden)`.
+
+    Raises:
+        PrefixInputError: There are none.
+    """
     for name in ("input_ids", "inputs_embeds"):
         if arguments.get(name) is not None:
             tokens: torch.Tensor = arguments[name]

@@ -6,11 +6,9 @@ import inspect
 import itertools
 import re
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
-from .cache import KeyValue, PrefixedCache
+from .architecture import specialized
+from .bank import PrefixBank
+from .cache import PrefixedCache
 from .config import PrefixConfig
 from .errors import PrefixConfigError, PrefixFileError, PrefixInputError, PrefixWarning
 from .geometry import trace_geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
-from .injection import Injection, require_owner
-from .learning_rate import LearningRateWatch
+from .injection import Injection, new_tokens_of, require_owner
 from .local_windows import LocalWindows
-from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
+from .parameterization import PrefixTensors
 
 DEFAULT_PREFIX = "default"
-_PREFIXES = "prefixes"
 _model_numbers = itertools.count(1)
 _generating: ContextVar[PrefixModel | None] = ContextVar("_generating", default=None)
 
@@ -51,7 +49,7 @@ class PrefixModel(PreTrainedModel):
     Attributes:
         base: The base model. `model.base(...)` runs it without any prefix.
         geometry: Where the base keeps keys and values, and in which shapes.
-        active_prefix: Name of the prefix in use.
+        prefixes: The named prefixes.
     """
 
     base_model_prefix = "base"
@@ -60,7 +58,7 @@ class PrefixModel(PreTrainedModel):
     def __new__(cls, base: PreTrainedModel, *args: Any, **kwargs: Any) -> PrefixModel:
         """Specialize the class, so that `transformers` reads the base's architecture from it."""
         _require_base(base)
-        return super().__new__(_specialized(cls, type(base)))
+        return super().__new__(specialized(cls, type(base)))
 
     def __init__(self, base: PreTrainedModel) -> None:
         """Freeze the base and find its geometry.
@@ -75,9 +73,7 @@ class PrefixModel(PreTrainedModel):
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
-        self.prefixes = nn.ModuleDict()
-        self.prefix_configs: dict[str, PrefixConfig] = {}
-        self.active_prefix: str | None = None
+        self.prefixes = PrefixBank(geometry)
         self._number = next(_model_numbers)
         self._injection = Injection(base)
         self._local_windows = LocalWindows(base)
@@ -107,11 +103,10 @@ class PrefixModel(PreTrainedModel):
         Raises:
             PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
         """
-        self._check_new_name(name)
-        tensors = initial_tensors(
-            InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values)
-        )
-        self._install(name, self._completed(config), tensors)
+        self.prefixes.check_new(name)
+        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
+        self.prefixes.install(name, self._completed(config), tensors, self.base.device)
+        self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
         """Use another prefix from now on; training goes to it alone.
@@ -119,8 +114,13 @@ class PrefixModel(PreTrainedModel):
         Raises:
             PrefixConfigError: There is no prefix of that name.
         """
-        self._check_known_name(name)
-        self.active_prefix = name
+        self.prefixes.check_known(name)
+        self.prefixes.active = name
+
+    @property
+    def active_prefix(self) -> str | None:
+        """Name of the prefix in use."""
+        return self.prefixes.active
 
     def initialize_prefix(
         self,
@@ -143,19 +143,17 @@ class PrefixModel(PreTrainedModel):
         """
         if sum(source is not None for source in (text, input_ids, past_key_values)) != 1:
             raise PrefixConfigError("Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=...")
-        name, config = self._active()
+        name, config, parameterization = self.prefixes.in_use()
         config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
-        tensors = initial_tensors(
-            InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values)
-        )
-        self._parameterization(name).start_from(tensors)
-        self.prefix_configs[name] = config
+        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
+        parameterization.start_from(tensors)
+        self.prefixes.configs[name] = config
 
     def prefix_state_dict(self) -> PrefixTensors:
         """The active prefix's plain keys `(H, p, Dk)` and values `(H, p, Dv)`, detached, named as they are saved."""
-        name, _ = self._active()
+        _, _, parameterization = self.prefixes.in_use()
         with torch.no_grad():
-            return {key: tensor.detach().clone() for key, tensor in self._parameterization(name)().items()}
+            return {key: tensor.detach().clone() for key, tensor in parameterization().items()}
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -190,7 +188,7 @@ class PrefixModel(PreTrainedModel):
             return self.base(**arguments)
         if _generating.get() is self:
             return self.base(**arguments)
-        name, config = self._active()
+        _, config, _ = self.prefixes.in_use()
         with self._local_windows.opened(config.num_virtual_tokens):
             arguments = self._entered(arguments)
             output = self.base(**arguments)
@@ -205,7 +203,7 @@ class PrefixModel(PreTrainedModel):
         if self._disabled:
             _require_owner_of(kwargs, None)
             return self.base.generate(*args, **kwargs)
-        _, config = self._active()
+        _, config, _ = self.prefixes.in_use()
         caches: list[PrefixedCache] = []
 
         def enter(base: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -237,19 +235,8 @@ class PrefixModel(PreTrainedModel):
         return self
 
     def _entered(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        name, config = self._active()
-        tensors = self._parameterization(name)()
-        batch = next(arguments[key] for key in ("input_ids", "inputs_embeds") if arguments.get(key) is not None)
-        rows = batch.shape[0] if self.training and config.dropout > 0 else 1
-
-        def states(key: str) -> torch.Tensor:
-            row = tensors[key][None].expand(rows, -1, -1, -1)
-            return nn.functional.dropout(row, config.dropout, self.training)
-
-        prefix: list[KeyValue | None] = [
-            None if layer is None else (states(f"decoder.layers.{i}.key"), states(f"decoder.layers.{i}.value"))
-            for i, layer in enumerate(self.geometry.sites["decoder"])
-        ]
+        name, _, _ = self.prefixes.in_use()
+        prefix = self.prefixes.layers(rows=new_tokens_of(arguments).shape[0])
         return self._injection.enter(self.base, arguments, prefix, f"{name!r} of model {self._number}")
 
     # ------------------------------------------------------------------ saving and loading
@@ -287,7 +274,7 @@ class PrefixModel(PreTrainedModel):
         if not is_main_process:
             return
         directory = Path(save_directory)
-        name, config = self._active()
+        _, config, _ = self.prefixes.in_use()
         checkpoint.write_prefix(
             directory,
             self.prefix_state_dict(),
@@ -374,7 +361,7 @@ class PrefixModel(PreTrainedModel):
             PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
             IncompatibleBaseError: The base has other layers, heads or widths.
         """
-        self._check_new_name(name)
+        self.prefixes.check_new(name)
         file = locate_prefix(
             prefix_name_or_path,
             revision=revision,
@@ -393,15 +380,14 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        active = self.active_prefix
-        self._install(name, description.config, tensors)
+        self.prefixes.install(name, description.config, tensors, self.base.device)
         self.prefixes[name].requires_grad_(is_trainable)
-        self.active_prefix = active or name
+        self.prefixes.active = self.prefixes.active or name
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The training state: parameters and buffers of the prefixes, nothing of the base."""
         full: dict[str, Any] = super().state_dict(*args, **kwargs)
-        own = f"{kwargs.get('prefix', '')}{_PREFIXES}."
+        own = f"{kwargs.get('prefix', '')}prefixes."
         for key in [key for key in full if not key.startswith(own)]:
             del full[key]
         return full
@@ -473,41 +459,11 @@ class PrefixModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ inside
 
-    def _active(self) -> tuple[str, PrefixConfig]:
-        if self.active_prefix is None:
-            raise PrefixConfigError("The model has no prefix yet: call add_prefix or load_prefix first.")
-        return self.active_prefix, self.prefix_configs[self.active_prefix]
-
-    def _parameterization(self, name: str) -> DirectPrefix | MLPPrefix:
-        module = self.prefixes[name]
-        assert isinstance(module, (DirectPrefix, MLPPrefix))
-        return module
-
-    def _install(self, name: str, config: PrefixConfig, tensors: PrefixTensors) -> None:
-        module = build_parameterization(self.geometry, config)
-        module.start_from(tensors)
-        self.prefixes[name] = module.to(self.base.device).train(self.training)
-        self.prefix_configs[name] = config
-        self.active_prefix = name
-        if isinstance(module, DirectPrefix):
-            watch = LearningRateWatch(module.parameters())
-            weakref.finalize(module, watch.stop)
-
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
         return config.replace(
             base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
             base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
         )
-
-    def _check_new_name(self, name: str) -> None:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise PrefixConfigError(f"A prefix's name consists of letters, digits, '_' and '-', unlike {name!r}.")
-        if name in self.prefix_configs:
-            raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
-
-    def _check_known_name(self, name: str) -> None:
-        if name not in self.prefix_configs:
-            raise PrefixConfigError(f"There is no prefix {name!r}; there are {sorted(self.prefix_configs)}.")
 
 
 def get_prefix_model(
@@ -536,10 +492,11 @@ def get_prefix_model(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=100))
+        >>> sizes = dict(n_layer=2, n_head=2, n_embd=8, n_positions=64, vocab_size=100)
+        >>> base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
         >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=5))
         >>> model.print_trainable_parameters()
-        trainable params: 160 || all params: 10,800 || trainable%: 1.4815
+        trainable params: 160 || all params: 3,232 || trainable%: 4.9505
     """
     if config is not None and not isinstance(config, PrefixConfig):
         raise PrefixConfigError(f"config must be a PrefixConfig, not {type(config).__name__}.")
@@ -552,38 +509,6 @@ def get_prefix_model(
         past_key_values=past_key_values,
     )
     return model
-
-
-@lru_cache(maxsize=None)
-def _specialized(cls: type[PrefixModel], base_class: type[PreTrainedModel]) -> type[PrefixModel]:
-    """A subclass that carries what transformers reads from a model's class: name, settings and forward signature.
-
-    The `Trainer` finds label names in the class's forward signature, pipelines know architectures by class name, and
-    attention backends are class attributes. All of that is the base's.
-    """
-
-    def forward(self: PrefixModel, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)
-
-    forward.__doc__ = cls.forward.__doc__
-    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
-    settings = {
-        name: getattr(base_class, name)
-        for name, default in vars(PreTrainedModel).items()
-        if not name.startswith("__") and not callable(default) and not isinstance(default, (property, classmethod))
-    }
-    module_paths = ("base_model_prefix", "_tied_weights_keys", "_tp_plan", "_pp_plan", "_ep_plan", "_auto_class")
-    for name in module_paths:
-        settings.pop(name, None)
-    namespace = {
-        **settings,
-        "__module__": base_class.__module__,  # some abilities are looked up in the module's source
-        "__qualname__": f"{cls.__qualname__}[{base_class.__name__}]",
-        "__doc__": cls.__doc__,
-        "forward": forward,
-        "can_generate": classmethod(lambda _: base_class.can_generate()),
-    }
-    return type(base_class.__name__, (cls,), namespace)
 
 
 def _require_base(base: object) -> None:

@@ -1,0 +1,61 @@
+"""Making a wrapper look like its base model's architecture to the rest of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedModel
+
+Wrapper = TypeVar("Wrapper", bound=PreTrainedModel)
+
+_ABOUT_SUBMODULES = (
+    "base_model_prefix",
+    "_tied_weights_keys",
+    "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save",
+    "_auto_class",
+)
+"""Settings of a model's class that name its own submodules, which the wrapper does not have."""
+
+
+@cache
+def specialized(wrapper: type[Wrapper], base_class: type[PreTrainedModel]) -> type[Wrapper]:
+    """A subclass of `wrapper` that carries what transformers reads from the class of a model.
+
+    The `Trainer` finds label names in the class's forward signature, pipelines know architectures by their class's
+    name, attention backends are class attributes. All of that is the base's.
+
+    Args:
+        wrapper: A class of models that hold a base model and run it.
+        base_class: The base model's class.
+
+    Returns:
+        The same subclass for the same arguments.
+    """
+
+    def forward(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
+        return wrapper.forward(self, *args, **kwargs)
+
+    forward.__doc__ = wrapper.forward.__doc__
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    settings = {
+        name: getattr(base_class, name)
+        for name, default in vars(PreTrainedModel).items()
+        if name not in _ABOUT_SUBMODULES and not name.startswith("__") and _is_setting(default)
+    }
+    namespace = {
+        **settings,
+        "__module__": base_class.__module__,  # transformers looks some abilities up in the module's source
+        "__qualname__": f"{wrapper.__qualname__}[{base_class.__name__}]",
+        "__doc__": wrapper.__doc__,
+        "forward": forward,
+        "can_generate": classmethod(lambda _: base_class.can_generate()),
+    }
+    return cast("type[Wrapper]", type(base_class.__name__, (wrapper,), namespace))
+
+
+def _is_setting(value: object) -> bool:
+    return not callable(value) and not isinstance(value, (property, classmethod, staticmethod))

@@ -1,0 +1,94 @@
+"""The named prefixes of one base model, and which of them is active."""
+
+from __future__ import annotations
+
+import re
+import weakref
+
+import torch
+from torch import nn
+
+from .cache import KeyValue
+from .config import PrefixConfig
+from .errors import PrefixConfigError
+from .geometry import Geometry
+from .learning_rate import LearningRateWatch
+from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
+
+
+class PrefixBank(nn.ModuleDict):
+    """Parameterizations by prefix name.
+
+    Args:
+        geometry: Shapes of the base model.
+
+    Attributes:
+        configs: The configuration of each prefix, by name.
+        active: Name of the prefix in use, `None` while there is none.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.configs: dict[str, PrefixConfig] = {}
+        self.active: str | None = None
+
+    def install(self, name: str, config: PrefixConfig, tensors: PrefixTensors, device: torch.device) -> None:
+        """Add a prefix that starts from the given keys and values."""
+        self.check_new(name)
+        module = build_parameterization(self.geometry, config)
+        module.start_from(tensors)
+        self[name] = module.to(device).train(self.training)
+        self.configs[name] = config
+        if isinstance(module, DirectPrefix):
+            watch = LearningRateWatch(module.parameters())
+            weakref.finalize(module, watch.stop)
+
+    def in_use(self) -> tuple[str, PrefixConfig, DirectPrefix | MLPPrefix]:
+        """Name, configuration and parameterization of the active prefix.
+
+        Raises:
+            PrefixConfigError: There is none.
+        """
+        if self.active is None:
+            raise PrefixConfigError("The model has no prefix yet: call add_prefix or load_prefix first.")
+        module = self[self.active]
+        assert isinstance(module, (DirectPrefix, MLPPrefix))
+        return self.active, self.configs[self.active], module
+
+    def layers(self, rows: int) -> list[KeyValue | None]:
+        """Keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` of the active prefix for every cache layer.
+
+        Args:
+            rows: Batch size. Dropout differs between rows; without it one row serves all.
+        """
+        _, config, module = self.in_use()
+        dropout = config.dropout if self.training else 0.0
+        tensors = {
+            name: nn.functional.dropout(tensor[None].expand(rows if dropout else 1, -1, -1, -1), dropout)
+            for name, tensor in module().items()
+        }
+        return [
+            None if layer is None else (tensors[f"decoder.layers.{i}.key"], tensors[f"decoder.layers.{i}.value"])
+            for i, layer in enumerate(self.geometry.sites["decoder"])
+        ]
+
+    def check_new(self, name: object) -> None:
+        """Check that a name can be given to a new prefix.
+
+        Raises:
+            PrefixConfigError: It is taken, or could not name a file or a parameter.
+        """
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise PrefixConfigError(f"A prefix's name consists of letters, digits, '_' and '-', unlike {name!r}.")
+        if name in self.configs:
+            raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
+
+    def check_known(self, name: object) -> None:
+        """Check that there is a prefix of this name.
+
+        Raises:
+            PrefixConfigError: There is none.
+        """
+        if name not in self.configs:
+            raise PrefixConfigError(f"There is no prefix {name!r}; there are {sorted(self.configs)}.")

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import tokens
+from test_trainer import make, make_trainer
+
+from peft_prefix import PrefixConfig, PrefixWarning, get_prefix_model
+
+
+def test_the_trainers_default_learning_rate_draws_one_warning_that_names_a_good_one(tmp_path: Path) -> None:
+    trainer = make_trainer(make(), tmp_path, learning_rate=5e-5, warmup_steps=3, save_strategy="no")
+    with pytest.warns(PrefixWarning, match="learning_rate=0.03") as caught:
+        trainer.train()
+    assert sum(issubclass(warning.category, PrefixWarning) for warning in caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("reparameterization", "rate"), [("none", 3e-2), ("none", 1e-3), ("mlp", 5e-5)], ids=lambda value: str(value)
+)
+def test_a_sensible_learning_rate_draws_none(reparameterization: str, rate: float, tmp_path: Path) -> None:
+    model = make(reparameterization=reparameterization)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrefixWarning)
+        make_trainer(model, tmp_path, learning_rate=rate, warmup_steps=3, max_steps=4, save_strategy="no").train()
+
+
+def test_optimizers_of_other_models_are_left_alone() -> None:
+    model = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
+    other = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-5)
+    other(torch.ones(1, 2)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrefixWarning)
+        optimizer.step()
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model(input_ids=tokens(1, 4)).logits.sum().backward()
+    with pytest.warns(PrefixWarning, match="hardly move"):
+        own.step()

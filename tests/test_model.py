@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import doctest
+import inspect
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import random_model, tokens
+from test_initializers import tokenizer
+from transformers import PreTrainedModel, pipeline
+
+import peft_prefix.model
+from peft_prefix import (
+    PrefixConfig,
+    PrefixConfigError,
+    PrefixFileError,
+    PrefixInputError,
+    PrefixModel,
+    get_prefix_model,
+)
+
+
+def test_the_docstrings_examples_run() -> None:
+    for module in (peft_prefix.model, peft_prefix.config):
+        results = doctest.testmod(module)
+        assert results.attempted > 0
+        assert results.failed == 0
+
+
+def test_it_is_a_model_of_the_bases_architecture_to_transformers() -> None:
+    base = FAMILIES["llama"].build("sdpa")
+    model = random_model(base)
+    assert isinstance(model, PrefixModel)
+    assert isinstance(model, PreTrainedModel)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert inspect.signature(type(model).forward) == inspect.signature(type(base).forward)
+    assert model.config is base.config
+    assert model.generation_config is base.generation_config
+    assert model.base_model is model.get_base_model() is base
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    assert model.get_output_embeddings() is base.get_output_embeddings()
+    assert model.can_generate()
+    assert model.config._attn_implementation == "sdpa"
+    assert type(random_model(FAMILIES["llama"].build())) is type(model)
+
+
+def test_only_the_prefix_is_trained_and_in_the_state() -> None:
+    model = random_model(FAMILIES["llama"].build(), p=4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(model.state_dict()) == {
+        f"prefixes.default.decoder.layers.{layer}.{role}" for layer in range(3) for role in ("key", "value")
+    }
+    assert model.get_nb_trainable_parameters() == (3 * 2 * 2 * 4 * 16, sum(p.numel() for p in model.parameters()))
+
+
+def test_trainable_parameters_are_printed_as_peft_does(capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    model.print_trainable_parameters()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert capsys.readouterr().out == (
+        f"trainable params: 768 || all params: {total:,} || trainable%: {100 * 768 / total:.4f}\n"
+    )
+
+
+def test_training_mode_is_the_bases_and_reaches_it() -> None:
+    base = FAMILIES["llama"].build()
+    model = random_model(base)
+    assert not model.training
+    model.train()
+    assert base.training
+    model.eval()
+    assert not base.training
+
+
+def test_several_prefixes_share_a_base_and_are_switched(tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    first, second = random_model(base, init_seed=1), random_model(base, p=7, init_seed=2)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    text = tokens(2, 6)
+    model = PrefixModel.from_pretrained(base, tmp_path / "first", name="one")
+    model.load_prefix(tmp_path / "second", name="two")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=text).logits, first(input_ids=text).logits)
+        model.set_prefix("two")
+        assert torch.equal(model(input_ids=text).logits, second(input_ids=text).logits)
+    model.add_prefix("three", PrefixConfig(num_virtual_tokens=2))
+    assert model.active_prefix == "three"
+    assert model.base is base
+    with pytest.raises(PrefixConfigError, match="no prefix 'four'; there are"):
+        model.set_prefix("four")
+    with pytest.raises(PrefixConfigError, match="a prefix 'one' already"):
+        model.load_prefix(tmp_path / "first", name="one")
+    with pytest.raises(PrefixConfigError, match="consists of letters"):
+        model.add_prefix("../evil", PrefixConfig())
+
+
+def test_training_reaches_the_active_prefix_alone() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=2))
+    model(input_ids=tokens(1, 5)).logits.sum().backward()
+    for name, parameter in model.prefixes.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("other."), name
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    before = model.state_dict()
+    with pytest.raises(PrefixFileError):
+        model.load_prefix(tmp_path, name="broken")
+    assert set(model.state_dict()) == set(before)
+    assert model.active_prefix == "default"
+
+
+def test_a_model_without_prefixes_says_so() -> None:
+    with pytest.raises(PrefixConfigError, match="has no prefix yet"):
+        PrefixModel(FAMILIES["llama"].build())(input_ids=tokens(1, 2))
+
+
+def test_wrapping_twice_is_refused() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    with pytest.raises(PrefixInputError, match="has prefixes already"):
+        get_prefix_model(model)
+    with pytest.raises(PrefixConfigError, match="config must be a PrefixConfig, not dict"):
+        get_prefix_model(FAMILIES["llama"].build(), dict(num_virtual_tokens=3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
+def test_training_state_is_restored(reparameterization: str) -> None:
+    base = FAMILIES["llama"].build()
+    model = random_model(base, reparameterization=reparameterization, init_seed=1)
+    other = random_model(base, reparameterization=reparameterization, init_seed=2)
+    other.load_state_dict(model.state_dict())
+    for name, tensor in model.prefix_state_dict().items():
+        assert torch.equal(other.prefix_state_dict()[name], tensor)
+    broken = dict(model.state_dict())
+    broken.popitem()
+    with pytest.raises(PrefixFileError, match="does not fit this model's prefixes"):
+        other.load_state_dict(broken, strict=False)
+
+
+def test_text_generation_pipeline(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
+    (result,) = generate("w5 w9 w7", max_new_tokens=5, do_sample=False, return_full_text=False)
+    expected = model.generate(torch.tensor([[5, 9, 7]]), max_new_tokens=5, do_sample=False)
+    assert result["generated_text"].split() == tokenizer().decode(expected[0, 3:]).split()
+    assert not [record for record in caplog.records if "not supported" in record.getMessage()]
+
+
+def test_generation_in_one_thread_does_not_touch_the_base_in_another() -> None:
+    """Streaming runs `generate` in a thread, while others may use the same base."""
+    base = FAMILIES["llama"].build()
+    model, text = random_model(base), tokens(1, 6)
+    with torch.no_grad():
+        expected = base(input_ids=text).logits
+    alone = model.generate(text, max_new_tokens=100, do_sample=False)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(model.generate(text, max_new_tokens=100, do_sample=False)))
+    thread.start()
+    while thread.is_alive():
+        with torch.no_grad():
+            assert torch.equal(base(input_ids=text).logits, expected)
+    thread.join()
+    assert torch.equal(results[0], alone)
+
+
+def test_generation_leaves_no_hooks_behind() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(tokens(1, 3), max_new_tokens=-1)
+    assert not model.base._forward_pre_hooks
+    assert not model.base._forward_hooks
+
+
+def test_max_length_counts_real_tokens() -> None:
+    model = random_model(FAMILIES["llama"].build(), p=10)
+    assert model.generate(tokens(2, 3), max_length=8, do_sample=False).shape == (2, 8)
+    result = model.generate(
+        tokens(2, 3), max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    assert result.sequences.shape == (2, 7)
+    assert len(result.scores) == 4
+    assert result.past_key_values.get_seq_length() == 6
