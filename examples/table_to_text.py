@@ -74,26 +74,13 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, li
     return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
-    """A function that pads a list of encoded examples on the right to one batch."""
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (width - len(values))]
-
-        return {
-            "input_ids": torch.tensor([padded(row["input_ids"], tokenizer.pad_token_id) for row in rows]),
-            "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
-            "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-        }
-
-    return collate
-
-
 @torch.no_grad()
-def loss_per_token(model: torch.nn.Module, rows: Sequence[dict[str, Any]], collate: Any, batch_size: int = 16) -> float:
+def loss_per_token(
+    model: torch.nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], Any],
+    batch_size: int = 16,
+) -> float:
     """Mean loss over all target tokens, in nats."""
     training = model.training
     model.eval()
@@ -129,7 +116,9 @@ def _read_hub(name: str, split: str) -> list[tuple[str, str]]:
     try:
         data = load_dataset(name, split=_HUB_SPLITS[split])
     except Exception as error:
-        raise SystemExit(f"{name} is no folder here, and the Hub did not give a data set of that name ({error}).") from error
+        raise SystemExit(
+            f"{name} is no folder here, and the Hub did not give a data set of that name ({error})."
+        ) from error
     for table, text in _HUB_COLUMNS:
         if {table, text} <= set(data.column_names):
             return list(zip(data[table], data[text], strict=True))

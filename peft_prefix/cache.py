@@ -70,7 +70,7 @@ class PrefixedLayer(CacheLayerMixin):
         return False
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether the cache underneath has a fixed size, so that masks must hide its unused entries."""
         return self.past is not None and self.past.is_compileable
 
@@ -95,7 +95,8 @@ class PrefixedLayer(CacheLayerMixin):
         keys = self.prefix_keys.to(key_states).expand(key_states.shape[0], -1, -1, -1)
         values = self.prefix_values.to(value_states).expand(value_states.shape[0], -1, -1, -1)
         growing = self._growing_layer()
-        if growing is not None:
+        if growing is not None and growing.keys is not None and growing.values is not None:
+            # Its concatenation and ours are one and the same copy.
             keys = torch.cat([keys, growing.keys, key_states], dim=-2)
             values = torch.cat([values, growing.values, value_states], dim=-2)
             p = self.prefix_keys.shape[-2]
@@ -110,7 +111,7 @@ class PrefixedLayer(CacheLayerMixin):
         return keys, values
 
     def _growing_layer(self) -> DynamicLayer | None:
-        """The plain growing layer underneath, whose concatenation and ours can be one and the same copy."""
+        """The layer underneath, if it does nothing but grow and holds something already."""
         if self.past is None or self.past.offloading or self.index >= len(self.past.layers):
             return None
         layer = self.past.layers[self.index]

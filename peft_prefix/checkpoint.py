@@ -142,7 +142,9 @@ def read_description(file: Path) -> PrefixDescription:
             "the Hub."
         ) from error
     except SafetensorError as error:
-        raise PrefixFileError(f"{file} is damaged or no safetensors file ({error}). Save or download it again.") from error
+        raise PrefixFileError(
+            f"{file} is damaged or no safetensors file ({error}). Save or download it again."
+        ) from error
     if _METADATA_KEY not in metadata:
         raise PrefixFileError(f"{file} is a safetensors file but not a prefix that this library saved.")
     try:
@@ -230,14 +232,15 @@ def require_finite(tensors: PrefixTensors, consequence: str) -> None:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise PrefixFileError(
-            f"{consequence}: {_some(broken)} contain NaN or infinity. Training diverged (lower the learning rate, and go "
-            "back to an earlier checkpoint), or the numbers do not fit the file's dtype (use float32)."
+            f"{consequence}: {some_of(broken)} contain NaN or infinity. Training diverged (lower the learning rate "
+            "and go back to an earlier checkpoint), or the numbers do not fit the file's dtype (use float32)."
         )
 
 
 def write_atomically(file: Path, content: bytes) -> None:
     """Write aside, flush to disk, then rename over the target."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    aside = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -245,10 +248,10 @@ def write_atomically(file: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is private; the result is as readable as any other
-        os.replace(name, file)
+        aside.chmod(0o666 & ~umask)  # a temporary file is private; the result is as readable as any other
+        aside.replace(file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -261,11 +264,12 @@ def _mismatch(
             difference = f"{name} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
             break
     return (
-        f"{file} was trained on {trained_on} and does not fit {base_name}: {difference}. Load it onto the model that it "
-        "was trained on."
+        f"{file} was trained on {trained_on} and does not fit {base_name}: {difference}. Load it onto the model that "
+        "it was trained on."
     )
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
+    """The first few of many names, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -98,10 +98,20 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
     layers = tuple(_layer_geometry(name, layer) for layer in cache.layers) if isinstance(cache, Cache) else ()
     if not any(layers):
         raise UnsupportedModelError(
-            f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. Prefix-tuning "
-            "needs a causal language model (for example AutoModelForCausalLM; for BERT-like models `is_decoder=True`)."
+            f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. "
+            "Prefix-tuning needs a causal language model, for example from AutoModelForCausalLM (BERT-like models with "
+            "`is_decoder=True`)."
         )
     return Geometry({"decoder": layers})
+
+
+def recording_cache(base: PreTrainedModel) -> DynamicCache:
+    """An empty cache for the base that keeps all tokens, in layers with a sliding window, too."""
+    cache = DynamicCache(config=base.config.get_text_config(decoder=True))
+    cache.layers = [
+        DynamicLayer() if sliding else layer for layer, sliding in zip(cache.layers, cache.is_sliding, strict=True)
+    ]
+    return cache
 
 
 def activations(base: PreTrainedModel, input_ids: torch.Tensor) -> DynamicCache:
@@ -112,10 +122,9 @@ def activations(base: PreTrainedModel, input_ids: torch.Tensor) -> DynamicCache:
         input_ids: Token ids of shape `(1, tokens)`.
 
     Returns:
-        The cache. Layers with a sliding window keep all tokens, too.
+        The filled cache.
     """
-    cache = DynamicCache(config=base.config.get_text_config(decoder=True))
-    cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
+    cache = recording_cache(base)
     with evaluation_mode(base), torch.no_grad():
         base(input_ids=input_ids.to(base.device), past_key_values=cache, use_cache=True)
     return cache

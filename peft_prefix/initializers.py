@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Init, PrefixConfig
 from .errors import PrefixConfigError, PrefixInputError, PrefixWarning
-from .geometry import Geometry, activations
+from .geometry import Geometry, activations, evaluation_mode, recording_cache
 from .injection import require_owner
 from .parameterization import PrefixTensors
 
@@ -77,14 +77,24 @@ def tensors_from_cache(cache: Cache, geometry: Geometry, num_virtual_tokens: int
 
 
 def _vocabulary(inputs: InitInputs) -> PrefixTensors:
-    """Activations of random words of the base model's vocabulary, behind its first-token marker if it has one."""
+    """Activations of words that the base model itself writes: a random first one, the others sampled from it.
+
+    Text that the model finds likely leaves its behaviour nearly as it is, which random words do not (figures in
+    docs/results.md), and it takes nothing but the base.
+    """
     base, p = inputs.base, inputs.config.num_virtual_tokens
     text_config = base.config.get_text_config(decoder=True)
-    special = _special_ids(text_config)
-    words = torch.tensor([i for i in range(text_config.vocab_size) if i not in special])
     generator = torch.Generator().manual_seed(inputs.config.init_seed)
-    chosen = words[torch.randint(len(words), (p,), generator=generator)]
-    return tensors_from_cache(activations(base, chosen[None]), inputs.geometry, p)
+    ordinary = torch.ones(text_config.vocab_size)
+    ordinary[list(_special_ids(text_config))] = 0
+    word = torch.multinomial(ordinary, 1, generator=generator)
+    cache = recording_cache(base)
+    with evaluation_mode(base), torch.no_grad():
+        for _ in range(p):
+            output = base(input_ids=word[None].to(base.device), past_key_values=cache, use_cache=True)
+            logits = output.logits[0, -1, : len(ordinary)].float().cpu()
+            word = torch.multinomial((logits + ordinary.log()).softmax(dim=-1), 1, generator=generator)
+    return tensors_from_cache(cache, inputs.geometry, p)
 
 
 def _text(inputs: InitInputs) -> PrefixTensors:
@@ -105,7 +115,9 @@ def _text(inputs: InitInputs) -> PrefixTensors:
 def _cache(inputs: InitInputs) -> PrefixTensors:
     """A given key/value cache of the base model."""
     if inputs.past_key_values is None:
-        raise PrefixConfigError('init="cache" needs the cache: pass past_key_values=... with num_virtual_tokens tokens.')
+        raise PrefixConfigError(
+            'init="cache" needs the cache: pass past_key_values=... with num_virtual_tokens tokens.'
+        )
     return tensors_from_cache(inputs.past_key_values, inputs.geometry, inputs.config.num_virtual_tokens)
 
 
@@ -161,5 +173,5 @@ def _special_ids(text_config: Any) -> set[int]:
     special: set[int] = set()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(text_config, name, None)
-        special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
-    return special
+        special.update(value if isinstance(value, list) else [] if value is None else [value])
+    return {i for i in special if 0 <= i < text_config.vocab_size}

@@ -31,7 +31,7 @@ class LearningRateWatch:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._parameters = WeakIdKeyDictionary({parameter: None for parameter in parameters})
+        self._parameters = WeakIdKeyDictionary(dict.fromkeys(parameters))
         self._handle = register_optimizer_step_pre_hook(self._look)
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -24,14 +25,16 @@ class LocalWindows:
     @contextmanager
     def opened(self, num_virtual_tokens: int) -> Iterator[None]:
         """While this is open, every token sees the first `num_virtual_tokens` cache entries in these modules."""
-        originals = [module.bias for module in self.modules]
-        for module, buffer in zip(self.modules, self._buffers(originals, num_virtual_tokens), strict=True):
-            module.bias = buffer
+        originals = [cast("torch.Tensor", module.bias) for module in self.modules]
+        self._assign(self._buffers(originals, num_virtual_tokens))
         try:
             yield
         finally:
-            for module, buffer in zip(self.modules, originals, strict=True):
-                module.bias = buffer
+            self._assign(originals)
+
+    def _assign(self, buffers: list[torch.Tensor]) -> None:
+        for module, buffer in zip(self.modules, buffers, strict=True):
+            module.bias = buffer
 
     def _buffers(self, originals: list[torch.Tensor], p: int) -> list[torch.Tensor]:
         """Opened copies, made once for each length and again when the model was moved."""

@@ -113,9 +113,7 @@ def _widened(mask: torch.Tensor | BlockMask, p: int, order: RowOrder | None) -> 
 def _widened_block_mask(mask: BlockMask, p: int) -> BlockMask:
     real_tokens = mask.mask_mod
 
-    def with_prefix(
-        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
+    def with_prefix(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key < p) | real_tokens(batch, head, query, (key - p).clamp(min=0))
 
     batch, heads, query_length, key_length = mask.shape

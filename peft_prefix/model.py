@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors.torch import save
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -58,7 +58,8 @@ class PrefixModel(PreTrainedModel):
     def __new__(cls, base: PreTrainedModel, *args: Any, **kwargs: Any) -> PrefixModel:
         """Specialize the class, so that `transformers` reads the base's architecture from it."""
         _require_base(base)
-        return super().__new__(specialized(cls, type(base)))
+        architecture: type[PrefixModel] = specialized(cls, type(base))  # type: ignore[arg-type]  # classes are hashable
+        return super().__new__(architecture)
 
     def __init__(self, base: PreTrainedModel) -> None:
         """Freeze the base and find its geometry.
@@ -142,7 +143,9 @@ class PrefixModel(PreTrainedModel):
             PrefixConfigError: Not exactly one of `text`, `input_ids` and `past_key_values` is given.
         """
         if sum(source is not None for source in (text, input_ids, past_key_values)) != 1:
-            raise PrefixConfigError("Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=...")
+            raise PrefixConfigError(
+                "Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=..."
+            )
         name, config, parameterization = self.prefixes.in_use()
         config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
         tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
@@ -202,7 +205,7 @@ class PrefixModel(PreTrainedModel):
         """
         if self._disabled:
             _require_owner_of(kwargs, None)
-            return self.base.generate(*args, **kwargs)
+            return self._base_generate(*args, **kwargs)
         _, config, _ = self.prefixes.in_use()
         caches: list[PrefixedCache] = []
 
@@ -223,11 +226,14 @@ class PrefixModel(PreTrainedModel):
         token = _generating.set(self)
         try:
             with self._local_windows.opened(config.num_virtual_tokens):
-                return self.base.generate(*args, **kwargs)
+                return self._base_generate(*args, **kwargs)
         finally:
             _generating.reset(token)
             for handle in handles:
                 handle.remove()
+
+    def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
+        return cast("Any", self.base).generate(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrefixModel:
         """Switch training mode, in the base too."""
@@ -241,7 +247,7 @@ class PrefixModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ saving and loading
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
@@ -284,12 +290,12 @@ class PrefixModel(PreTrainedModel):
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in (state_dict or self.state_dict()).items()}
-            checkpoint.write_atomically(
-                directory / SAFE_WEIGHTS_NAME, checkpoint.save(state, metadata={"format": "pt"})
-            )
+            state = {
+                key: tensor.detach().cpu().contiguous() for key, tensor in (state_dict or self.state_dict()).items()
+            }
+            checkpoint.write_atomically(directory / SAFE_WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
         if push_to_hub:
-            self.push_to_hub(repo_id or directory.name, token=token)
+            self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -352,7 +358,9 @@ class PrefixModel(PreTrainedModel):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Load another prefix beside those that are there. It is used after `set_prefix(name)`, or at once if it is the first.
+        """Load another prefix beside those that are there.
+
+        It is used after `set_prefix(name)`, or at once if it is the first.
 
         Args: as `from_pretrained`.
 
@@ -375,8 +383,8 @@ class PrefixModel(PreTrainedModel):
         if not checkpoint.same_weights(description.weights_fingerprint, checkpoint.weights_fingerprint(self.base)):
             trained_on = description.config.base_model_name_or_path or "an unnamed model"
             warnings.warn(
-                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with other "
-                "weights. It will probably work badly; load it onto the model that it was trained on.",
+                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with "
+                "other weights. It will probably work badly; load it onto the model that it was trained on.",
                 PrefixWarning,
                 stacklevel=2,
             )
@@ -384,17 +392,14 @@ class PrefixModel(PreTrainedModel):
         self.prefixes[name].requires_grad_(is_trainable)
         self.prefixes.active = self.prefixes.active or name
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The training state: parameters and buffers of the prefixes, nothing of the base."""
-        full: dict[str, Any] = super().state_dict(*args, **kwargs)
-        own = f"{kwargs.get('prefix', '')}prefixes."
-        for key in [key for key in full if not key.startswith(own)]:
-            del full[key]
-        return full
+        state: dict[str, Any] = {} if destination is None else destination
+        return self.prefixes.state_dict(destination=state, prefix=f"{prefix}prefixes.", keep_vars=keep_vars)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what `state_dict` gave.
 
         Raises:
@@ -406,11 +411,11 @@ class PrefixModel(PreTrainedModel):
         if expected != found:
             different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise PrefixFileError(
-                f"The training state does not fit this model's prefixes: {checkpoint._some(different)}. Resume with the "
-                "PrefixConfig that the training was started with."
+                f"The training state does not fit this model's prefixes: {checkpoint.some_of(different)}. Resume with "
+                "the PrefixConfig that the training was started with."
             )
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _IncompatibleKeys([], [])
+        own = {key.removeprefix("prefixes."): tensor for key, tensor in state_dict.items()}
+        return self.prefixes.load_state_dict(own, assign=assign)
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -426,7 +431,8 @@ class PrefixModel(PreTrainedModel):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, in the format that PEFT users know."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
 
     @property
     def generation_config(self) -> Any:

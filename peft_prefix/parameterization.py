@@ -119,5 +119,6 @@ class MLPPrefix(nn.Module):
 
 def build_parameterization(geometry: Geometry, config: PrefixConfig) -> DirectPrefix | MLPPrefix:
     """The form that `config.reparameterization` names, filled with zeros."""
-    form = {"none": DirectPrefix, "mlp": MLPPrefix}[config.reparameterization]
-    return form(geometry, config)
+    if config.reparameterization == "mlp":
+        return MLPPrefix(geometry, config)
+    return DirectPrefix(geometry, config)

@@ -104,9 +104,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family("GPTJConfig", "GPTJForCausalLM", {**GPT, **NO_DROPOUT, "rotary_dim": 8}),
     "gpt_neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", EVEN),
-    "gpt_bigcode": Family(
-        "GPTBigCodeConfig", "GPTBigCodeForCausalLM", {**GPT, **NO_DROPOUT, "multi_query": True}
-    ),
+    "gpt_bigcode": Family("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {**GPT, **NO_DROPOUT, "multi_query": True}),
     "opt": Family(
         "OPTConfig",
         "OPTForCausalLM",
@@ -146,9 +144,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", "LlamaForCausalLM", LLAMA),
     "llama_wide_heads": Family("LlamaConfig", "LlamaForCausalLM", {**EVEN, "head_dim": 24}),
     "mistral": Family("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": WINDOW}, sliding=True),
-    "mixtral": Family(
-        "MixtralConfig", "MixtralForCausalLM", {**EVEN, **MOE, "sliding_window": WINDOW}, sliding=True
-    ),
+    "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {**EVEN, **MOE, "sliding_window": WINDOW}, sliding=True),
     "qwen2": Family(
         "Qwen2Config",
         "Qwen2ForCausalLM",
@@ -163,7 +159,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family("GemmaConfig", "GemmaForCausalLM", {**LLAMA, "head_dim": 24}),
     "gemma2": Family(
-        "Gemma2Config", "Gemma2ForCausalLM", {**LLAMA, **MIXED, "head_dim": 16, "query_pre_attn_scalar": 16}, sliding=True
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**LLAMA, **MIXED, "head_dim": 16, "query_pre_attn_scalar": 16},
+        sliding=True,
     ),
     "gemma3_text": Family(
         "Gemma3TextConfig",
@@ -187,15 +186,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family("Olmo2Config", "Olmo2ForCausalLM", EVEN),
     "olmo3": Family("Olmo3Config", "Olmo3ForCausalLM", {**LLAMA, **MIXED}, sliding=True),
-    "cohere2": Family("Cohere2Config", "Cohere2ForCausalLM", {**LLAMA, **MIXED, "head_dim": 16, "logit_scale": 1.0}, sliding=True),
+    "cohere2": Family(
+        "Cohere2Config", "Cohere2ForCausalLM", {**LLAMA, **MIXED, "head_dim": 16, "logit_scale": 1.0}, sliding=True
+    ),
     "glm4": Family("Glm4Config", "Glm4ForCausalLM", {**EVEN, "head_dim": 16}),
     "smollm3": Family("SmolLM3Config", "SmolLM3ForCausalLM", {**EVEN, "no_rope_layers": [1, 0]}),
     "granite": Family("GraniteConfig", "GraniteForCausalLM", {**LLAMA, "attention_multiplier": 0.25}),
     "deepseek_v2": Family("DeepseekV2Config", "DeepseekV2ForCausalLM", MLA),
     "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", {**MLA, "num_hidden_layers": 2}),
-    "gpt_oss": Family(
-        "GptOssConfig", "GptOssForCausalLM", {**LLAMA, **MIXED, **MOE, "head_dim": 16}, sliding=True
-    ),
+    "gpt_oss": Family("GptOssConfig", "GptOssForCausalLM", {**LLAMA, **MIXED, **MOE, "head_dim": 16}, sliding=True),
 }
 
 
@@ -203,4 +202,3 @@ def supported_attention(family: Family) -> list[str]:
     """The attention implementations that this family's class declares, of those that run on a CPU."""
     model_class = getattr(transformers, family.model)
     return ["eager", *(["sdpa"] if model_class._supports_sdpa else [])]
-

@@ -95,7 +95,9 @@ def test_saving_overwrites_and_a_subfolder_can_be_read(saved: Path) -> None:
 
 
 def test_another_geometry_is_refused(saved: Path) -> None:
-    message = r"was trained on .* does not fit .*: decoder.layers.0.key has shape \(2, 4, 16\) .* \(4, 4, 16\) is needed"
+    message = (
+        r"was trained on .* does not fit .*: decoder.layers.0.key has shape \(2, 4, 16\) .* \(4, 4, 16\) is needed"
+    )
     with pytest.raises(IncompatibleBaseError, match=message):
         load(saved, "gpt2")
     with pytest.raises(IncompatibleBaseError, match=r"decoder.layers.2.key has shape \(2, 4, 16\) in the file, None"):
@@ -194,7 +196,7 @@ def test_nan_is_neither_saved_nor_loaded(saved: Path, value: float) -> None:
     before = (saved / "prefix.safetensors").read_bytes()
     with torch.no_grad():
         model.prefixes["default"].decoder["layers"]["1"].key[0, 0, 0] = value
-    with pytest.raises(PrefixFileError, match="left as it was: decoder.layers.1.key contain NaN or infinity"):
+    with pytest.raises(PrefixFileError, match=r"left as it was: decoder\.layers\.1\.key contain NaN or infinity"):
         model.save_pretrained(saved)
     assert (saved / "prefix.safetensors").read_bytes() == before
     with torch.no_grad():
@@ -212,7 +214,7 @@ def test_a_file_with_nan_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "require_finite", lambda *_: None)
         model.save_pretrained(saved)
-    with pytest.raises(PrefixFileError, match="was not loaded: decoder.layers.1.key contain NaN"):
+    with pytest.raises(PrefixFileError, match=r"was not loaded: decoder\.layers\.1\.key contain NaN"):
         load(saved)
 
 

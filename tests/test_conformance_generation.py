@@ -81,7 +81,7 @@ def test_left_padded_rows_generate_what_they_generate_alone(family: str, attn: s
     text, pad = tokens(2, 14), 6
     text[0, :pad] = 0
     mask = (text != 0).long()
-    for options in (dict(), dict(num_beams=2), dict(use_cache=False)):
+    for options in ({}, dict(num_beams=2), dict(use_cache=False)):
         together = model.generate(text, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
         for row, start in ((0, pad), (1, 0)):
             alone = model.generate(text[row : row + 1, start:], max_new_tokens=12, do_sample=False, **options)

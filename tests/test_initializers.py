@@ -67,25 +67,45 @@ def test_windowed_models_give_activations_of_texts_longer_than_their_window() ->
     torch.testing.assert_close(first, unlimited.layers[0].keys[0])  # the first layer's keys see no other token
 
 
-def test_vocabulary_gives_activations_of_ordinary_words_chosen_by_the_seed() -> None:
+def test_vocabulary_gives_activations_of_ordinary_words_that_the_base_writes() -> None:
     base = FAMILIES["llama"].build()
-    seen: list[torch.Tensor] = []
-    base.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    with torch.no_grad():
+        base.lm_head.weight[:3] += 100 * base.lm_head.weight[3]  # special tokens would be likely now and then
+    seen: list[int] = []
+    base.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
 
-    def build(seed: int) -> dict[str, torch.Tensor]:
-        return get_prefix_model(base, PrefixConfig(num_virtual_tokens=150, init_seed=seed)).prefix_state_dict()
+    def build(seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=60, init_seed=seed))
+        return model.prefix_state_dict(), torch.tensor([seen[-60:]])
 
     state = torch.get_rng_state()
-    one = build(0)
-    words = seen[-1]
+    one, words = build(0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert words.shape == (1, 150)
     assert not set(words.flatten().tolist()) & {0, 1, 2}  # padding, beginning, end
-    assert len(set(words.flatten().tolist())) > 50
-    torch.testing.assert_close(one["decoder.layers.0.key"], cache_of(base, words).layers[0].keys[0])
-    again, other = build(0), build(1)
+    cache = cache_of(base, words)
+    for index, layer in enumerate(cache.layers):
+        torch.testing.assert_close(one[f"decoder.layers.{index}.key"], layer.keys[0], rtol=0, atol=1e-4)
+    again, same_words = build(0)
+    _, other_words = build(1)
+    assert torch.equal(same_words, words)
+    assert not torch.equal(other_words, words)
     assert all(torch.equal(again[name], one[name]) for name in one)
-    assert not torch.equal(other["decoder.layers.0.key"], one["decoder.layers.0.key"])
+
+
+def test_the_vocabulary_initializer_samples_from_the_bases_predictions() -> None:
+    base = FAMILIES["gpt2"].build()
+    with torch.no_grad():
+        base.transformer.ln_f.bias.fill_(1.0)
+        base.lm_head.weight.zero_()
+        base.lm_head.weight[77] = 1.0  # now the base writes this word and nothing else
+    seen: list[int] = []
+    base.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    get_prefix_model(base, PrefixConfig(num_virtual_tokens=20))
+    assert seen[-19:] == [77] * 19
 
 
 def test_a_cache_is_taken_as_it_is() -> None:
@@ -102,7 +122,9 @@ def test_zeros_and_normal() -> None:
     base = FAMILIES["llama"].build()
     zeros = get_prefix_model(base, PrefixConfig(init="zeros")).prefix_state_dict()
     assert all((tensor == 0).all() for tensor in zeros.values())
-    normal = get_prefix_model(base, PrefixConfig(init="normal", init_std=0.5, num_virtual_tokens=100)).prefix_state_dict()
+    normal = get_prefix_model(
+        base, PrefixConfig(init="normal", init_std=0.5, num_virtual_tokens=100)
+    ).prefix_state_dict()
     numbers = torch.cat([tensor.flatten() for tensor in normal.values()])
     assert numbers.std() == pytest.approx(0.5, rel=0.03)
     assert numbers.mean() == pytest.approx(0.0, abs=0.02)
@@ -131,8 +153,8 @@ def test_a_prefix_can_be_filled_anew(reparameterization: str) -> None:
         (dict(init="text", init_text="w5"), {}, "needs a tokenizer"),
         (dict(init="text", init_text="w5"), dict(input_ids=torch.tensor([5])), "needs the text once"),
         (dict(init="cache"), {}, "pass past_key_values"),
-        (dict(), dict(input_ids=torch.tensor([5])), 'use init="text"'),
-        (dict(), dict(past_key_values=DynamicCache()), 'use init="cache"'),
+        ({}, dict(input_ids=torch.tensor([5])), 'use init="text"'),
+        ({}, dict(past_key_values=DynamicCache()), 'use init="cache"'),
     ],
 )
 def test_what_an_initializer_lacks_is_named(config: dict[str, Any], given: dict[str, Any], message: str) -> None:

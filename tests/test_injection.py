@@ -54,7 +54,9 @@ def test_a_mask_with_columns_for_the_prefix_is_refused() -> None:
 def test_text_beyond_the_models_positions_is_refused(family: str) -> None:
     model = random_model(FAMILIES[family].build(), p=6)
     model(input_ids=tokens(1, 250))
-    with pytest.raises(PrefixInputError, match="6 virtual tokens and 251 real tokens need 257 .* has 256.*max_length=250"):
+    with pytest.raises(
+        PrefixInputError, match=r"6 virtual tokens and 251 real tokens need 257 .* has 256.*max_length=250"
+    ):
         model(input_ids=tokens(1, 251))
     padded = tokens(1, 260)
     mask = torch.ones(1, 260, dtype=torch.long)

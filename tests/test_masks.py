@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import FAMILIES
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
-from families import FAMILIES
 from peft_prefix import PrefixInputError
 from peft_prefix.cache import RowOrder
 from peft_prefix.masks import leading_padding, positions_of_real_tokens, with_prefix_columns

@@ -51,9 +51,11 @@ def test_it_is_a_model_of_the_bases_architecture_to_transformers() -> None:
 def test_only_the_prefix_is_trained_and_in_the_state() -> None:
     model = random_model(FAMILIES["llama"].build(), p=4)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == set(model.state_dict()) == {
-        f"prefixes.default.decoder.layers.{layer}.{role}" for layer in range(3) for role in ("key", "value")
-    }
+    assert (
+        trained
+        == set(model.state_dict())
+        == {f"prefixes.default.decoder.layers.{layer}.{role}" for layer in range(3) for role in ("key", "value")}
+    )
     assert model.get_nb_trainable_parameters() == (3 * 2 * 2 * 4 * 16, sum(p.numel() for p in model.parameters()))
 
 
