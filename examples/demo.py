@@ -71,6 +71,7 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=options.seed,
         ),
         train_dataset=train_rows,

@@ -9,11 +9,12 @@ import pytest
 from families import FAMILIES
 
 _Cells = dict[tuple[str, str], list[str]]
+_MARK = "<!-- written by the tests: family × check -->"
 _SYMBOL = {"passed": "ok", "skipped": "–", "failed": "FAIL"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--conformance-table", type=Path, help="write the family × check table to this Markdown file")
+    parser.addoption("--conformance-table", type=Path, help="replace the table in this Markdown page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,11 +61,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for family in families:
         row = "  ".join(_cell(cells, family, check).ljust(len(check)) for check in checks)
         terminalreporter.write_line(f"{family.ljust(width)}  {row}")
-    target = config.getoption("--conformance-table")
-    if target is not None:
+    page = config.getoption("--conformance-table")
+    if page is not None:
         lines = ["| family | " + " | ".join(checks) + " |", "| --- |" + " :-: |" * len(checks)]
         lines += [f"| {f} | " + " | ".join(_cell(cells, f, c) for c in checks) + " |" for f in families]
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = page.read_text(encoding="utf-8").split(_MARK)[0]
+        page.write_text(text + _MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _cell(cells: _Cells, family: str, check: str) -> str:

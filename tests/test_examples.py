@@ -1,0 +1,110 @@
+"""The demo and the README's code run as they are written, on a tiny model or on real weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from families import FAMILIES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with a tiny llama and a tokenizer of the sample's most frequent words."""
+    words = re.findall(r"\w+|[^\w\s]+", (EXAMPLES / "restaurants.jsonl").read_text())
+    frequent = sorted(set(words), key=lambda word: (-words.count(word), word))[:190]
+    vocabulary = {name: index for index, name in enumerate(["[PAD]", "[BOS]", "[EOS]", "[UNK]", *frequent])}
+    fast = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    fast.pre_tokenizer = Whitespace()
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "tiny")
+    special = dict(pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]")
+    PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script of the examples in this process."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("data", ["sample", "folder"])
+def test_the_demo_leaves_everything_in_one_folder(
+    data: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(EXAMPLES / "restaurants.jsonl")
+    if data == "folder":
+        source = str(tmp_path / "e2e")
+        (tmp_path / "e2e").mkdir()
+        rows = [json.loads(line) for line in (EXAMPLES / "restaurants.jsonl").read_text().splitlines()]
+        for name in ("src1_train.txt", "src1_valid.txt"):
+            lines = [f"{row['table']}||{text} \n" for row in rows for text in (row["text"], "Another text .")]
+            (tmp_path / "e2e" / name).write_text("".join(lines))
+    output = tmp_path / "output"
+    options = ["--model", str(tiny), "--data", source, "--output", str(output), "--steps", "20", "--generate", "3"]
+    run("demo.py", *options, "--learning-rate", "0.1", monkeypatch=monkeypatch)
+    assert {file.name for file in output.iterdir()} >= {"prefix", "loss.png", "outputs.md", "summary.json"}
+    assert {file.name for file in (output / "prefix").iterdir()} == {"prefix.safetensors", "prefix_config.json"}
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["dev loss after training"] < summary["dev loss before training"]
+    assert summary["dev loss of the reloaded prefix"] == pytest.approx(summary["dev loss after training"], abs=1e-3)
+    assert summary["training examples"] == (72 if data == "sample" else 96)
+    table = (output / "outputs.md").read_text()
+    assert table.count("| input | name :") == table.count("| with the prefix |") == 3
+    assert f"{summary['dev loss after training']:.3f} after 20 steps" in capsys.readouterr().out
+
+
+def test_missing_data_is_explained(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"src1_train.txt is missing. Give a folder with the E2E files"):
+        run(
+            "demo.py", "--model", str(tiny), "--data", str(tmp_path), "--output", str(tmp_path), monkeypatch=monkeypatch
+        )
+
+
+def test_the_shipped_sample_is_sound() -> None:
+    rows = [json.loads(line) for line in (EXAMPLES / "restaurants.jsonl").read_text().splitlines()]
+    assert len(rows) == 96
+    assert len({row["table"] for row in rows}) == 96
+    assert all(row["table"].startswith("name : ") and row["text"].endswith(" .") for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+def test_the_readmes_code_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    for automatic in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        original = automatic.from_pretrained
+        monkeypatch.setattr(automatic, "from_pretrained", lambda _, original=original: original(tiny))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "restaurants" / "prefix.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "limit"), [("vocabulary (default)", 1.56), ("text", 1.49)])
+def test_a_prefix_learns_table_to_text_on_real_weights(
+    method: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import table_to_text
+
+    if not table_to_text.E2E_BESIDE_CHECKOUT.is_dir():
+        pytest.skip("the E2E data set is not beside the checkout")
+    run("learning.py", "--methods", method, "--output", str(tmp_path), monkeypatch=monkeypatch)
+    result = json.loads((tmp_path / "learning.json").read_text())
+    assert result["base_loss"] > 2.5
+    assert result["runs"][0]["after"] <= limit
