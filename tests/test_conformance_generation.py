@@ -103,6 +103,37 @@ def test_cached_generation_equals_full_forward_passes(family: str, attn: str) ->
     assert torch.equal(model.generate(inputs_embeds=embeddings, max_new_tokens=new, do_sample=False), ids[:, 10:])
 
 
+@pytest.mark.conformance("static cache")
+@every_backend
+def test_a_static_cache_generates_the_same(family: str, attn: str) -> None:
+    base = FAMILIES[family].build(attn)
+    text = tokens(2, 14)
+    text[0, :6] = 0
+    options = dict(attention_mask=(text != 0).long(), max_new_tokens=12, do_sample=False, use_cache=True)
+    try:
+        works = torch.equal(
+            base.generate(text, **options), base.generate(text, **options, cache_implementation="static")
+        )
+    except ValueError:
+        works = False
+    if not works:
+        pytest.skip("the base itself does not work with a static cache")
+    model = random_model(base)
+    expected = model.generate(text, **options)
+    assert torch.equal(model.generate(text, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.conformance("chunked prefill")
+@every_family
+def test_chunked_prefill_generates_the_same(family: str) -> None:
+    model = random_model(FAMILIES[family].build())
+    text = tokens(2, 14)
+    text[0, :6] = 0
+    options = dict(attention_mask=(text != 0).long(), max_new_tokens=12, do_sample=False, use_cache=True)
+    expected = model.generate(text, **options)
+    assert torch.equal(model.generate(text, **options, prefill_chunk_size=4), expected)
+
+
 @pytest.mark.conformance("prompt lookup")
 @every_family
 def test_prompt_lookup_equals_greedy(family: str) -> None:
