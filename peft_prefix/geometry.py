@@ -102,6 +102,17 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
             "Prefix-tuning needs a causal language model, for example from AutoModelForCausalLM (BERT-like models with "
             "`is_decoder=True`)."
         )
+    if not base.can_generate():
+        raise UnsupportedModelError(
+            f"{name} has no language-model head, and other heads are not trained yet: load the model with "
+            "AutoModelForCausalLM."
+        )
+    if not all(layers):
+        without = [index for index, layer in enumerate(layers) if layer is None]
+        raise UnsupportedModelError(
+            f"{name} keeps no keys and values in its layers {without} (they are recurrent, or share a cache); this "
+            "version prefixes models that keep them in every layer."
+        )
     return Geometry({"decoder": layers})
 
 

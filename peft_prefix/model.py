@@ -55,8 +55,10 @@ class PrefixModel(PreTrainedModel):
     base_model_prefix = "base"
     base: PreTrainedModel
 
-    def __new__(cls, base: PreTrainedModel, *args: Any, **kwargs: Any) -> PrefixModel:
+    def __new__(cls, base: PreTrainedModel | None = None) -> PrefixModel:
         """Specialize the class, so that `transformers` reads the base's architecture from it."""
+        if base is None:  # a copy is being made, and its class is special already
+            return super().__new__(cls)
         _require_base(base)
         architecture: type[PrefixModel] = specialized(cls, type(base))  # type: ignore[arg-type]  # classes are hashable
         return super().__new__(architecture)

@@ -88,6 +88,30 @@ def test_encoder_decoder_models_are_refused() -> None:
         get_prefix_model(transformers.T5ForConditionalGeneration(config))
 
 
+def test_hybrid_models_are_refused() -> None:
+    config = transformers.JambaConfig(
+        **COMMON,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        use_mamba_kernels=False,
+    )
+    with pytest.raises(UnsupportedModelError, match=r"keeps no keys and values in its layers \[0\]"):
+        get_prefix_model(transformers.JambaForCausalLM(config))
+
+
+@pytest.mark.parametrize("head", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_models_without_a_language_model_head_are_refused(head: str) -> None:
+    base = getattr(transformers, head)(transformers.LlamaConfig(**FAMILIES["llama"].kwargs))
+    with pytest.raises(UnsupportedModelError, match="has no language-model head"):
+        get_prefix_model(base)
+
+
 def test_something_else_than_a_model_is_refused() -> None:
     with pytest.raises(PrefixInputError, match="must be a transformers model"):
         get_prefix_model(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

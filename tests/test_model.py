@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import doctest
 import inspect
 import threading
@@ -121,6 +122,18 @@ def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 def test_a_model_without_prefixes_says_so() -> None:
     with pytest.raises(PrefixConfigError, match="has no prefix yet"):
         PrefixModel(FAMILIES["llama"].build())(input_ids=tokens(1, 2))
+
+
+def test_copies_are_independent() -> None:
+    model = random_model(FAMILIES["gpt_neo"].build())
+    text = tokens(1, 20)
+    with torch.no_grad():
+        expected = model(input_ids=text).logits
+        other = copy.deepcopy(model)
+        other.prefixes["default"].decoder["layers"]["0"].key.zero_()
+        assert type(other) is type(model)
+        assert torch.equal(model(input_ids=text).logits, expected)
+        assert not torch.equal(other(input_ids=text).logits, expected)
 
 
 def test_wrapping_twice_is_refused() -> None:
