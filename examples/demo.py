@@ -59,7 +59,7 @@ def main() -> None:
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(options.output / "checkpoints"),
+            output_dir=str(options.output),
             max_steps=options.steps,
             per_device_train_batch_size=8,
             learning_rate=options.learning_rate,
@@ -67,7 +67,7 @@ def main() -> None:
             eval_strategy="steps",
             eval_steps=max(options.steps // 5, 1),
             per_device_eval_batch_size=16,
-            logging_steps=1,
+            logging_steps=max(options.steps // 10, 1),
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
@@ -95,7 +95,8 @@ def main() -> None:
         options.output / "loss.png",
     )
     shown = development[: options.generate]
-    write_table(shown, *generate_both(loaded, tokenizer, shown), options.output / "outputs.md")
+    tables = compare(shown, *generate_both(loaded, tokenizer, shown))
+    (options.output / "outputs.md").write_text("\n".join(tables), encoding="utf-8")
     summary = {
         "model": model_origin,
         "data": data_origin,
@@ -115,7 +116,7 @@ def main() -> None:
         f"\nDev loss in nats per token: {without:.3f} without a prefix, {before:.3f} with the untrained one, "
         f"{after:.3f} after {options.steps} steps, {reloaded:.3f} loaded again from {kilobytes:.0f} KB."
         f"\nIn {options.output}: prefix/, loss.png, outputs.md, summary.json"
-        f"\nOne of the held-out inputs, for example:\n\n{(options.output / 'outputs.md').read_text().split('---')[0]}"
+        f"\nOne of the held-out inputs, for example:\n\n{tables[0]}"
     )
 
 
@@ -156,19 +157,18 @@ def draw_curves(train: Loss, dev: Loss, without: float, file: Path) -> None:
     plt.close(figure)
 
 
-def write_table(examples: list[t2t.Example], without: list[str], with_prefix: list[str], file: Path) -> None:
-    """One section per held-out input, separated by lines."""
+def compare(examples: list[t2t.Example], without: list[str], with_prefix: list[str]) -> list[str]:
+    """A small Markdown table for each held-out input."""
 
     def one_line(text: str) -> str:
         return " ".join(text.split()).replace("|", "\\|") or "(nothing)"
 
-    sections = [
+    return [
         f"| | |\n| --- | --- |\n| input | {one_line(example.table)} |\n"
         f"| reference | {one_line(example.target)} |\n| base model | {one_line(base)} |\n"
         f"| with the prefix | {one_line(prefixed)} |\n"
         for example, base, prefixed in zip(examples, without, with_prefix, strict=True)
     ]
-    file.write_text("\n---\n\n".join(sections), encoding="utf-8")
 
 
 def parse_options() -> argparse.Namespace:
