@@ -33,14 +33,21 @@ class PrefixBank(nn.ModuleDict):
         self.configs: dict[str, PrefixConfig] = {}
         self.active: str | None = None
 
-    def install(self, name: str, config: PrefixConfig, tensors: PrefixTensors, device: torch.device) -> None:
-        """Add a prefix that starts from the given keys and values."""
+    def install(
+        self,
+        name: str,
+        config: PrefixConfig,
+        tensors: PrefixTensors,
+        device: torch.device,
+        is_trainable: bool = True,
+    ) -> None:
+        """Add a prefix that starts from the given keys and values; one that is not trained needs no network."""
         self.check_new(name)
-        module = build_parameterization(self.geometry, config)
+        module = build_parameterization(self.geometry, config) if is_trainable else DirectPrefix(self.geometry, config)
         module.start_from(tensors)
-        self[name] = module.to(device).train(self.training)
+        self[name] = module.to(device).train(self.training).requires_grad_(is_trainable)
         self.configs[name] = config
-        if isinstance(module, DirectPrefix):
+        if is_trainable and isinstance(module, DirectPrefix):
             watch = LearningRateWatch(module.parameters())
             weakref.finalize(module, watch.stop)
 
@@ -56,7 +63,7 @@ class PrefixBank(nn.ModuleDict):
         assert isinstance(module, (DirectPrefix, MLPPrefix))
         return self.active, self.configs[self.active], module
 
-    def layers(self, rows: int) -> list[KeyValue | None]:
+    def layers(self, rows: int) -> list[KeyValue]:
         """Keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` of the active prefix for every cache layer.
 
         Args:
@@ -69,9 +76,17 @@ class PrefixBank(nn.ModuleDict):
             for name, tensor in module().items()
         }
         return [
-            None if layer is None else (tensors[f"decoder.layers.{i}.key"], tensors[f"decoder.layers.{i}.value"])
-            for i, layer in enumerate(self.geometry.sites["decoder"])
+            (tensors[f"{site}.layers.{index}.key"], tensors[f"{site}.layers.{index}.value"])
+            for site, index, _ in self.geometry.layers()
         ]
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""
+        return torch.tensor(list((self.active or "").encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Make the prefix active that was when the state was taken."""
+        self.active = bytes(state.tolist()).decode() or None
 
     def check_new(self, name: object) -> None:
         """Check that a name can be given to a new prefix.
@@ -83,6 +98,8 @@ class PrefixBank(nn.ModuleDict):
             raise PrefixConfigError(f"A prefix's name consists of letters, digits, '_' and '-', unlike {name!r}.")
         if name in self.configs:
             raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
+        if hasattr(self, name):
+            raise PrefixConfigError(f"{name!r} means something else in Python; choose another name.")
 
     def check_known(self, name: object) -> None:
         """Check that there is a prefix of this name.

@@ -137,21 +137,17 @@ class PrefixedCache(Cache):
     """A prefix in front of a cache, for one forward pass.
 
     Args:
-        prefix: Per layer the keys and values of the prefix, or `None` where the model keeps none.
+        prefix: The keys and values of the prefix, layer by layer.
         past: The user's cache of real tokens, or `None` to store nothing.
         order: Where each row's prefix goes if not to the front.
     """
 
-    def __init__(self, prefix: list[KeyValue | None], past: Cache | None, order: RowOrder | None = None) -> None:
-        layers = [
-            PrefixedLayer(states, past, index, order) if states is not None else past.layers[index]  # type: ignore[union-attr]
-            for index, states in enumerate(prefix)
-        ]
-        super().__init__(layers=layers)
+    def __init__(self, prefix: list[KeyValue], past: Cache | None, order: RowOrder | None = None) -> None:
+        layers = [PrefixedLayer(states, past, index, order) for index, states in enumerate(prefix)]
+        super().__init__(layers=list(layers))
+        self.prefixed = layers
         self.past = past
 
     def unread_layers(self) -> list[int]:
-        """Layers whose prefix the model has not read, although it keeps keys and values there."""
-        return [
-            index for index, layer in enumerate(self.layers) if isinstance(layer, PrefixedLayer) and not layer.consumed
-        ]
+        """Layers whose prefix the model has not read."""
+        return [layer.index for layer in self.prefixed if not layer.consumed]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from transformers import PreTrainedModel
 
 from .config import PrefixConfig
-from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError
+from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, some_of
 from .geometry import Geometry
 from .parameterization import PrefixTensors
 from .version import __version__
@@ -71,6 +72,8 @@ class PrefixDescription:
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise PrefixConfigError("The description of a prefix must be a JSON object.")
+        if "num_virtual_tokens" not in fields:
+            raise PrefixConfigError("The description of a prefix is incomplete: num_virtual_tokens is missing.")
         own = {field.name for field in dataclasses.fields(cls) if field.name != "config"}
         config = PrefixConfig.from_dict({name: value for name, value in fields.items() if name not in own})
         try:
@@ -108,8 +111,11 @@ def write_prefix(
         dtype: Floating-point dtype of the file.
 
     Raises:
+        PrefixInputError: `dtype` is none of float32, float16 and bfloat16.
         PrefixFileError: A number is not finite (also after conversion to `dtype`), or `directory` is a file.
     """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise PrefixInputError(f"A prefix is saved as float32, float16 or bfloat16, not as {dtype}.")
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     require_finite(stored, f"Not saved to {directory}, which is left as it was")
     description = PrefixDescription(
@@ -125,6 +131,24 @@ def write_prefix(
     metadata = {"format": "pt", _METADATA_KEY: description.to_json()}
     write_atomically(directory / TENSOR_FILE, save(stored, metadata=metadata))
     write_atomically(directory / CONFIG_FILE, (description.to_json(indent=2) + "\n").encode())
+
+
+def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Save a training state, but never over the weights of another model.
+
+    Raises:
+        PrefixFileError: The file exists and holds something else.
+    """
+    if file.exists():
+        with safe_open(file, framework="pt") as content:
+            foreign = [name for name in content.keys() if not name.startswith("prefixes.")]  # noqa: SIM118
+        if foreign:
+            raise PrefixFileError(
+                f"{file} holds the weights of another model ({some_of(foreign)}), which saving here would destroy. "
+                "Save the prefix to a folder of its own."
+            )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(file, save(plain, metadata={"format": "pt"}))
 
 
 def read_description(file: Path) -> PrefixDescription:
@@ -184,43 +208,44 @@ def read_tensors(file: Path, description: PrefixDescription, geometry: Geometry,
     return tensors
 
 
-def weights_fingerprint(base: torch.nn.Module) -> str | None:
+def weights_fingerprint(base: PreTrainedModel) -> str | None:
     """A short sample of the base's weights, enough to tell two models of the same shape apart.
 
-    Four numbers of each of up to 64 weight matrices, spread over the model. `None` where weights cannot be read (not
-    materialized, or sharded over processes).
+    Four numbers of each of up to 64 weight matrices, spread over the model, with their dtype and a hash of the
+    matrices' names. `None` where weights cannot be read: not materialized, sharded over processes, or quantized.
     """
     matrices = sorted(
         (name, weight) for name, weight in base.named_parameters() if weight.dim() >= 2 and weight.is_floating_point()
     )
-    if not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
+    quantized = getattr(base, "hf_quantizer", None) is not None
+    if quantized or not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
         return None
     count = min(64, len(matrices))
     chosen = [matrices[i * len(matrices) // count][1].detach() for i in range(count)]
     numbers = [weight.flatten()[weight.numel() * k // 8] for weight in chosen for k in (1, 3, 5, 7)]
     sample = torch.stack([number.to("cpu", torch.float32) for number in numbers])
     names = hashlib.sha256(" ".join(name for name, _ in matrices).encode()).hexdigest()[:8]
-    return names + ":" + base64.b64encode(sample.numpy().tobytes()).decode()
+    dtype = str(chosen[0].dtype).removeprefix("torch.")
+    return f"{dtype}:{names}:{base64.b64encode(sample.numpy().tobytes()).decode()}"
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two fingerprints may come from the same weights.
+    """Whether two fingerprints may come from the same weights, loaded in the same precision or in different ones.
 
-    The same weights loaded in another precision count as the same: one sample must be the other's rounding. So do
-    fingerprints that cannot be compared (missing, or of models whose matrices have other names, as after quantization).
+    A missing fingerprint may come from any weights.
     """
-    if one is None or other is None or one[:8] != other[:8]:
+    if one is None or other is None:
         return True
+    (dtype, names, sample), (other_dtype, other_names, other_sample) = one.split(":"), other.split(":")
+    if names != other_names:
+        return False
     left, right = (
-        torch.frombuffer(bytearray(base64.b64decode(text[9:])), dtype=torch.float32) for text in (one, other)
+        torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32) for text in (sample, other_sample)
     )
-    if left.shape != right.shape:
-        return True
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rounded = (left.to(dtype).float(), right.to(dtype).float())
-        if torch.equal(*rounded) and (torch.equal(rounded[0], left) or torch.equal(rounded[1], right)):
-            return True
-    return False
+    if dtype == other_dtype:
+        return torch.equal(left, right)
+    # Two roundings of the same number differ by one step of the coarser precision at most.
+    return left.shape == right.shape and torch.allclose(left, right, rtol=2**-7, atol=2**-24)
 
 
 def require_finite(tensors: PrefixTensors, consequence: str) -> None:
@@ -267,9 +292,3 @@ def _mismatch(
         f"{file} was trained on {trained_on} and does not fit {base_name}: {difference}. Load it onto the model that "
         "it was trained on."
     )
-
-
-def some_of(names: Iterable[str]) -> str:
-    """The first few of many names, for a message."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

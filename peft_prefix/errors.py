@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PrefixError(Exception):
     """Base class of all errors that this library raises on purpose."""
@@ -33,3 +35,9 @@ class IncompatibleBaseError(PrefixError, ValueError):
 
 class PrefixWarning(UserWarning):
     """Something is probably not what the user wants, but could be."""
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first few of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -39,16 +39,15 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Per site, one entry per cache layer: its shape, or `None` where a layer keeps no keys and values."""
+    """Per site, the shape of every cache layer."""
 
-    sites: dict[str, tuple[LayerGeometry | None, ...]]
+    sites: dict[str, tuple[LayerGeometry, ...]]
 
     def layers(self) -> Iterator[tuple[str, int, LayerGeometry]]:
-        """All layers that take a prefix, as `(site, layer index, shape)`."""
+        """All layers, as `(site, layer index, shape)`."""
         for site, layers in self.sites.items():
             for index, layer in enumerate(layers):
-                if layer is not None:
-                    yield site, index, layer
+                yield site, index, layer
 
     @property
     def numbers_per_token(self) -> int:
@@ -87,6 +86,11 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model; this version prefixes causal language models only."
         )
+    if base.config.get_text_config(decoder=True) is not base.config:
+        raise UnsupportedModelError(
+            f"{name} is multimodal; this version prefixes text models only. Load its language model by itself, for "
+            "example with AutoModelForCausalLM."
+        )
     if "past_key_values" not in inspect.signature(base.forward).parameters:
         raise UnsupportedModelError(
             f"{name} keeps no keys and values: its forward takes no `past_key_values`, which is how a prefix reaches "
@@ -95,8 +99,9 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
     with evaluation_mode(base), torch.no_grad():
         output = base(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.device), use_cache=True)
     cache = output.get("past_key_values")
-    layers = tuple(_layer_geometry(name, layer) for layer in cache.layers) if isinstance(cache, Cache) else ()
-    if not any(layers):
+    found = [_layer_geometry(name, layer) for layer in cache.layers] if isinstance(cache, Cache) else []
+    layers = tuple(layer for layer in found if layer is not None)
+    if not layers:
         raise UnsupportedModelError(
             f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. "
             "Prefix-tuning needs a causal language model, for example from AutoModelForCausalLM (BERT-like models with "
@@ -107,8 +112,8 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
             f"{name} has no language-model head, and other heads are not trained yet: load the model with "
             "AutoModelForCausalLM."
         )
-    if not all(layers):
-        without = [index for index, layer in enumerate(layers) if layer is None]
+    if len(layers) < len(found):
+        without = [index for index, layer in enumerate(found) if layer is None]
         raise UnsupportedModelError(
             f"{name} keeps no keys and values in its layers {without} (they are recurrent, or share a cache); this "
             "version prefixes models that keep them in every layer."
@@ -139,6 +144,18 @@ def activations(base: PreTrainedModel, input_ids: torch.Tensor) -> DynamicCache:
     with evaluation_mode(base), torch.no_grad():
         base(input_ids=input_ids.to(base.device), past_key_values=cache, use_cache=True)
     return cache
+
+
+def ordinary_tokens(base: PreTrainedModel) -> torch.Tensor:
+    """1.0 for every word of the vocabulary and 0.0 for the special tokens that the config names, `(vocabulary,)`."""
+    text_config = base.config.get_text_config(decoder=True)
+    ordinary = torch.ones(text_config.vocab_size)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text_config, name, None)
+        for index in value if isinstance(value, list) else [] if value is None else [value]:
+            if 0 <= index < len(ordinary):
+                ordinary[index] = 0.0
+    return ordinary
 
 
 @contextmanager

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Init, PrefixConfig
 from .errors import PrefixConfigError, PrefixInputError, PrefixWarning
-from .geometry import Geometry, activations, evaluation_mode, recording_cache
+from .geometry import Geometry, activations, evaluation_mode, ordinary_tokens, recording_cache
 from .injection import require_owner
 from .parameterization import PrefixTensors
 
@@ -83,10 +82,8 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
     docs/results.md), and it takes nothing but the base.
     """
     base, p = inputs.base, inputs.config.num_virtual_tokens
-    text_config = base.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(inputs.config.init_seed)
-    ordinary = torch.ones(text_config.vocab_size)
-    ordinary[list(_special_ids(text_config))] = 0
+    ordinary = ordinary_tokens(base)
     word = torch.multinomial(ordinary, 1, generator=generator)
     cache = recording_cache(base)
     with evaluation_mode(base), torch.no_grad():
@@ -166,12 +163,3 @@ def _text_ids(inputs: InitInputs) -> torch.Tensor:
             f"The initial text must be one row of at least one token id, not {ids.dtype} of shape {tuple(ids.shape)}."
         )
     return ids
-
-
-def _special_ids(text_config: Any) -> set[int]:
-    """Ids of the special tokens that the config names."""
-    special: set[int] = set()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(text_config, name, None)
-        special.update(value if isinstance(value, list) else [] if value is None else [value])
-    return {i for i in special if 0 <= i < text_config.vocab_size}

@@ -24,6 +24,9 @@ from .masks import leading_padding, model_masks, positions_of_real_tokens, with_
 _OWNER = "_prefix_owner"
 """Attribute of a user's cache that says which prefix its tokens were read with."""
 
+_ABOUT_REAL_TOKENS_ONLY = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""Keywords that some models take silently and that would be wrong, or without effect, with a prefix."""
+
 
 class Injection:
     """What has to be known about one base model to run it with a prefix.
@@ -38,9 +41,11 @@ class Injection:
         self.accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if len(self.accepted) < len(parameters):
             # What a `**kwargs` of transformers stands for; anything else would vanish in it.
-            self.accepted |= {"return_dict", *TransformersKwargs.__annotations__} - {"position_ids"}
+            self.accepted |= {"return_dict", "use_cache", *TransformersKwargs.__annotations__} - _ABOUT_REAL_TOKENS_ONLY
         self.takes_positions = "position_ids" in parameters
         text_config = base.config.get_text_config(decoder=True)
+        self.counts_left_padding = False
+        self.checkpointed = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
         self.has_windows = any(DynamicCache(config=text_config).is_sliding)
         self.position_limit = _position_limit(text_config)
 
@@ -70,14 +75,14 @@ class Injection:
         return named
 
     def enter(
-        self, base: PreTrainedModel, arguments: dict[str, Any], prefix: list[KeyValue | None], owner: str
+        self, base: PreTrainedModel, arguments: dict[str, Any], prefix: list[KeyValue], owner: str
     ) -> dict[str, Any]:
         """The arguments of one base call with the prefix put in.
 
         Args:
             base: The base model.
             arguments: The call's arguments by name, in terms of real tokens.
-            prefix: Per layer the prefix's keys and values, or `None`.
+            prefix: The prefix's keys and values, layer by layer.
             owner: Identity of the prefix, to recognize the caches that were filled with it.
 
         Returns:
@@ -88,24 +93,26 @@ class Injection:
             PrefixNotConsumedError: The base is set up to drop the prefix.
             UnsupportedModelError: The base's attention implementation cannot keep the prefix visible.
         """
-        if self.has_windows and str(base.config._attn_implementation).startswith("flash"):
-            raise UnsupportedModelError(
-                "Flash attention cannot keep a prefix visible beyond a sliding window. Load the base model with "
-                'attn_implementation="sdpa".'
-            )
-        if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        if base.training and any(module.gradient_checkpointing for module in self.checkpointed):
             raise PrefixNotConsumedError(
                 "Gradient checkpointing would drop the prefix on its way to attention. Switch it off "
                 "(gradient_checkpointing=False in TrainingArguments); to save memory, use a smaller batch with "
                 "gradient_accumulation_steps."
             )
-        p = next(states[0].shape[-2] for states in prefix if states is not None)
+        p = prefix[0][0].shape[-2]
         new_tokens = new_tokens_of(arguments)
         past = self._past(base, arguments, owner)
         seen = 0 if past is None else past.get_seq_length()
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             _check_padding_mask(mask, new_tokens, past, seen)
+            if self.counts_left_padding and bool((mask[:, 0] == 0).any()):
+                raise PrefixInputError(
+                    f"{type(base).__name__} counts padding on the left as text, so the results would depend on it. Pad "
+                    "on the right, or give the rows one by one."
+                )
+        if isinstance(mask, torch.Tensor) and mask.dim() not in (2, 4):
+            raise PrefixInputError(f"attention_mask must have 2 or 4 dimensions, not {mask.dim()}.")
 
         order = None
         result = dict(arguments)
@@ -113,15 +120,20 @@ class Injection:
             result["position_ids"] = self._positions(positions, mask, new_tokens, seen, p)
         elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
             order = RowOrder(leading_padding(mask), p)
-        self._check_length(p, seen, new_tokens, result.get("position_ids"))
+        self._check_length(p, past, new_tokens, result.get("position_ids"))
 
         is_prepared = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
         packed = mask is None and past is None and positions is not None and _is_packed(positions)
+        if (self.has_windows or packed) and str(base.config._attn_implementation).startswith("flash"):
+            raise UnsupportedModelError(
+                "Flash attention knows sliding windows and packed texts as numbers, not as masks, and would hide the "
+                'prefix from some tokens. Load the base model with attn_implementation="sdpa".'
+            )
         if (self.has_windows or packed) and not is_prepared:
             own = model_masks(base, mask, past, positions, new_tokens)
             result["attention_mask"] = with_prefix_columns(own, p, new_tokens, past)
         elif mask is not None:
-            result["attention_mask"] = with_prefix_columns(mask, p, new_tokens, past, order)
+            result["attention_mask"] = with_prefix_columns(_readable(mask, base), p, new_tokens, past, order)
         result["past_key_values"] = PrefixedCache(prefix, past, order)
         return result
 
@@ -155,7 +167,7 @@ class Injection:
             use_cache = arguments.get("use_cache")
             if use_cache is None:
                 # In training a cache would only hold memory; the base makes one because its config says so.
-                use_cache = base.config.use_cache and not base.training
+                use_cache = getattr(base.config, "use_cache", False) and not base.training
             if not use_cache:
                 return None
             past = DynamicCache(config=base.config.get_text_config(decoder=True))
@@ -163,8 +175,7 @@ class Injection:
             raise PrefixInputError(
                 f"past_key_values must be a transformers Cache, not {type(past).__name__}. Start with DynamicCache()."
             )
-        require_owner(past, owner)
-        setattr(past, _OWNER, owner)
+        claim(past, owner)
         return past
 
     def _positions(
@@ -184,11 +195,14 @@ class Injection:
         return positions + p
 
     def _check_length(
-        self, p: int, seen: int | torch.Tensor, new_tokens: torch.Tensor, positions: torch.Tensor | None
+        self, p: int, past: Cache | None, new_tokens: torch.Tensor, positions: torch.Tensor | None
     ) -> None:
-        if self.position_limit is None or not isinstance(seen, int):
+        if self.position_limit is None:
             return
-        length = p + seen + new_tokens.shape[1]
+        seen: int | torch.Tensor = 0 if past is None else past.get_seq_length()
+        if past is not None and isinstance(seen, torch.Tensor) and p + past.get_max_length() <= self.position_limit:
+            return  # a cache of fixed size that cannot get there; reading its length would wait for the device
+        length = p + int(seen) + new_tokens.shape[1]
         if length <= self.position_limit:
             return
         if positions is not None:
@@ -200,6 +214,16 @@ class Injection:
             f"{self.position_limit}. Shorten the text (max_length={self.position_limit - p} in the tokenizer) or use "
             "fewer virtual tokens."
         )
+
+
+def claim(cache: Cache, owner: str | None) -> None:
+    """Note that the tokens of a cache are read with this prefix (or with none), after checking that all were.
+
+    Raises:
+        PrefixInputError: The cache holds tokens that were read in another way.
+    """
+    require_owner(cache, owner)
+    setattr(cache, _OWNER, owner)
 
 
 def require_owner(cache: Cache, owner: str | None) -> None:
@@ -225,11 +249,22 @@ def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         PrefixInputError: There are none.
     """
-    for name in ("input_ids", "inputs_embeds"):
-        if arguments.get(name) is not None:
-            tokens: torch.Tensor = arguments[name]
-            return tokens
-    raise PrefixInputError("Pass input_ids or inputs_embeds.")
+    given = [arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
+    if len(given) != 1:
+        raise PrefixInputError("Pass either input_ids or inputs_embeds.")
+    tokens: torch.Tensor = given[0]
+    return tokens
+
+
+def _readable(mask: Any, base: PreTrainedModel) -> Any:
+    """A 4D mask in the form that the attention reads: eager attention adds it to the scores, so not a boolean one."""
+    if isinstance(mask, dict):
+        return {kind: _readable(part, base) for kind, part in mask.items()}
+    eager = base.config._attn_implementation == "eager"
+    if eager and isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.dtype == torch.bool:
+        hidden = torch.finfo(base.dtype).min
+        return torch.zeros(mask.shape, dtype=base.dtype, device=mask.device).masked_fill(~mask, hidden)
+    return mask
 
 
 def _check_padding_mask(

@@ -32,6 +32,7 @@ class LearningRateWatch:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._parameters = WeakIdKeyDictionary(dict.fromkeys(parameters))
+        self._done = False
         self._handle = register_optimizer_step_pre_hook(self._look)
 
     def stop(self) -> None:
@@ -39,9 +40,10 @@ class LearningRateWatch:
         self._handle.remove()
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
+        # The hook stays registered until `stop`: removing it here would change the list that is being walked.
+        for group in [] if self._done else optimizer.param_groups:
             if any(parameter in self._parameters for parameter in group["params"]):
-                self.stop()
+                self._done = True
                 # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
                 rate = float(max(group["lr"], group.get("initial_lr", 0.0)))
                 if rate < SMALLEST_USEFUL_LEARNING_RATE:

@@ -7,12 +7,16 @@ keep the prefix visible there, the prefix's columns of that buffer are set while
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import nn
+
+_BUFFERS = threading.RLock()
+"""Held while buffers are changed: they belong to the model, whichever thread runs it."""
 
 
 class LocalWindows:
@@ -25,6 +29,13 @@ class LocalWindows:
     @contextmanager
     def opened(self, num_virtual_tokens: int) -> Iterator[None]:
         """While this is open, every token sees the first `num_virtual_tokens` cache entries in these modules."""
+        if not self.modules:
+            yield
+            return
+        with _BUFFERS:
+            yield from self._swapped(num_virtual_tokens)
+
+    def _swapped(self, num_virtual_tokens: int) -> Iterator[None]:
         originals = [cast("torch.Tensor", module.bias) for module in self.modules]
         self._assign(self._buffers(originals, num_virtual_tokens))
         try:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,17 +22,26 @@ from .architecture import specialized
 from .bank import PrefixBank
 from .cache import PrefixedCache
 from .config import PrefixConfig
-from .errors import PrefixConfigError, PrefixFileError, PrefixInputError, PrefixWarning
-from .geometry import trace_geometry
+from .errors import (
+    PrefixConfigError,
+    PrefixError,
+    PrefixFileError,
+    PrefixInputError,
+    PrefixWarning,
+    UnsupportedModelError,
+    some_of,
+)
+from .geometry import Geometry, trace_geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
-from .injection import Injection, new_tokens_of, require_owner
+from .injection import Injection, claim, new_tokens_of
 from .local_windows import LocalWindows
 from .parameterization import PrefixTensors
+from .selftest import check_base
 
 DEFAULT_PREFIX = "default"
-_model_numbers = itertools.count(1)
-_generating: ContextVar[PrefixModel | None] = ContextVar("_generating", default=None)
+_generation: ContextVar[object | None] = ContextVar("_generation", default=None)
+"""Identifies the call of `generate` that the base is running for, in this thread."""
 
 
 class PrefixModel(PreTrainedModel):
@@ -47,7 +54,8 @@ class PrefixModel(PreTrainedModel):
     fine-tuning.
 
     Attributes:
-        base: The base model. `model.base(...)` runs it without any prefix.
+        base: The base model. Called directly, it runs without any prefix (not from inside `generate`, whose passes it
+            would take part in; use `disable_prefix` there).
         geometry: Where the base keeps keys and values, and in which shapes.
         prefixes: The named prefixes.
     """
@@ -72,13 +80,13 @@ class PrefixModel(PreTrainedModel):
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
-        geometry = trace_geometry(base)
+        geometry, injection = _examined(base)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
         self.prefixes = PrefixBank(geometry)
-        self._number = next(_model_numbers)
-        self._injection = Injection(base)
+        self._fillings = 0
+        self._injection = injection
         self._local_windows = LocalWindows(base)
         self._disabled = False
         self.train(base.training)
@@ -107,6 +115,12 @@ class PrefixModel(PreTrainedModel):
             PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
         """
         self.prefixes.check_new(name)
+        limit = self._injection.position_limit
+        if limit is not None and config.num_virtual_tokens >= limit:
+            raise PrefixConfigError(
+                f"{config.num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} "
+                "positions."
+            )
         tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
         self.prefixes.install(name, self._completed(config), tensors, self.base.device)
         self.prefixes.active = name
@@ -153,6 +167,7 @@ class PrefixModel(PreTrainedModel):
         tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
         parameterization.start_from(tensors)
         self.prefixes.configs[name] = config
+        self._fillings += 1
 
     def prefix_state_dict(self) -> PrefixTensors:
         """The active prefix's plain keys `(H, p, Dk)` and values `(H, p, Dv)`, detached, named as they are saved."""
@@ -189,15 +204,16 @@ class PrefixModel(PreTrainedModel):
         """
         arguments = self._injection.understood(args, kwargs)
         if self._disabled:
-            _require_owner_of(arguments, None)
+            _claim_without_prefix(arguments)
             return self.base(**arguments)
-        if _generating.get() is self:
-            return self.base(**arguments)
-        _, config, _ = self.prefixes.in_use()
-        with self._local_windows.opened(config.num_virtual_tokens):
-            arguments = self._entered(arguments)
-            output = self.base(**arguments)
-        return self._injection.leave(self.base, output, arguments["past_key_values"])
+        token = _generation.set(None)  # a logits processor may call the model while it generates
+        try:
+            arguments, leave = self._enter(arguments)
+            with leave:
+                output = self.base(**arguments)
+                return self._injection.leave(self.base, output, arguments["past_key_values"])
+        finally:
+            _generation.reset(token)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active prefix; arguments and results are those of the base's `generate`.
@@ -206,46 +222,52 @@ class PrefixModel(PreTrainedModel):
         and returned sequences are about real tokens.
         """
         if self._disabled:
-            _require_owner_of(kwargs, None)
+            _claim_without_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
-        _, config, _ = self.prefixes.in_use()
-        caches: list[PrefixedCache] = []
+        self.prefixes.in_use()
+        this_call = object()
+        running: list[tuple[PrefixedCache, ExitStack]] = []
 
         def enter(base: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-            if _generating.get() is not self:
+            if _generation.get() is not this_call or self._disabled:
                 return None
-            arguments = self._entered(self._injection.named(args, kwargs))
-            caches.append(arguments["past_key_values"])
+            arguments, stack = self._enter(self._injection.named(args, kwargs))
+            running.append((arguments["past_key_values"], stack))
             return (), arguments
 
         def leave(base: PreTrainedModel, args: Any, kwargs: Any, output: Any) -> Any:
-            return self._injection.leave(base, output, caches.pop()) if _generating.get() is self else output
+            if _generation.get() is not this_call or self._disabled:
+                return output
+            cache, stack = running.pop()
+            with stack:
+                return self._injection.leave(base, output, cache)
 
         handles = [
             self.base.register_forward_pre_hook(enter, with_kwargs=True),
             self.base.register_forward_hook(leave, with_kwargs=True),
         ]
-        token = _generating.set(self)
+        token = _generation.set(this_call)
         try:
-            with self._local_windows.opened(config.num_virtual_tokens):
-                return self._base_generate(*args, **kwargs)
+            return self._base_generate(*args, **kwargs)
         finally:
-            _generating.reset(token)
+            _generation.reset(token)
             for handle in handles:
                 handle.remove()
+            for _, stack in running:  # a forward pass that failed
+                stack.close()
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> PrefixModel:
-        """Switch training mode, in the base too."""
-        super().train(mode)
-        return self
-
-    def _entered(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        name, _, _ = self.prefixes.in_use()
+    def _enter(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
+        """Arguments with the prefix put in, and what must be closed after the forward pass."""
+        name, config, _ = self.prefixes.in_use()
         prefix = self.prefixes.layers(rows=new_tokens_of(arguments).shape[0])
-        return self._injection.enter(self.base, arguments, prefix, f"{name!r} of model {self._number}")
+        owner = f"{name!r} of model {id(self):x}.{self._fillings}"
+        entered = self._injection.enter(self.base, arguments, prefix, owner)
+        stack = ExitStack()
+        stack.enter_context(self._local_windows.opened(config.num_virtual_tokens))
+        return entered, stack
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -292,10 +314,7 @@ class PrefixModel(PreTrainedModel):
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
-            state = {
-                key: tensor.detach().cpu().contiguous() for key, tensor in (state_dict or self.state_dict()).items()
-            }
-            checkpoint.write_atomically(directory / SAFE_WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state_dict or self.state_dict())
         if push_to_hub:
             self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
 
@@ -390,8 +409,7 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self.prefixes.install(name, description.config, tensors, self.base.device)
-        self.prefixes[name].requires_grad_(is_trainable)
+        self.prefixes.install(name, description.config, tensors, self.base.device, is_trainable)
         self.prefixes.active = self.prefixes.active or name
 
     def state_dict(  # type: ignore[override]
@@ -408,15 +426,18 @@ class PrefixModel(PreTrainedModel):
             PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
                 a half restored prefix would train on in silence.
         """
-        expected = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
-        found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+        expected, found = (
+            {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("_extra_state")}
+            for state in (self.state_dict(), state_dict)
+        )
         if expected != found:
             different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise PrefixFileError(
-                f"The training state does not fit this model's prefixes: {checkpoint.some_of(different)}. Resume with "
+                f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
                 "the PrefixConfig that the training was started with."
             )
         own = {key.removeprefix("prefixes."): tensor for key, tensor in state_dict.items()}
+        self._fillings += 1
         return self.prefixes.load_state_dict(own, assign=assign)
 
     # ------------------------------------------------------------------ what transformers asks of a model
@@ -459,6 +480,10 @@ class PrefixModel(PreTrainedModel):
         """The base model's input embeddings."""
         embeddings: nn.Module = self.base.get_input_embeddings()
         return embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the base model's vocabulary."""
+        return self.base.resize_token_embeddings(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The base model's vocabulary projection."""
@@ -529,10 +554,25 @@ def _require_base(base: object) -> None:
         )
 
 
-def _require_owner_of(arguments: Mapping[str, Any], owner: str | None) -> None:
+def _examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
+    """The base's geometry and a way into it, after trying both on a few tokens."""
+    try:
+        geometry = trace_geometry(base)
+        injection = Injection(base)
+        check_base(base, injection)
+    except PrefixError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} could not be run with a prefix on a few tokens: {error!r}."
+        ) from error
+    return geometry, injection
+
+
+def _claim_without_prefix(arguments: Mapping[str, Any]) -> None:
     past = arguments.get("past_key_values")
     if isinstance(past, Cache):
-        require_owner(past, owner)
+        claim(past, None)
 
 
 def _name_of(base: PreTrainedModel) -> str:

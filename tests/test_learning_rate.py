@@ -41,3 +41,13 @@ def test_optimizers_of_other_models_are_left_alone() -> None:
     model(input_ids=tokens(1, 4)).logits.sum().backward()
     with pytest.warns(PrefixWarning, match="hardly move"):
         own.step()
+
+
+def test_several_models_and_prefixes_can_be_trained_side_by_side() -> None:
+    models = [get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2)) for _ in range(3)]
+    models[0].add_prefix("second", PrefixConfig(num_virtual_tokens=2))
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in models]
+    for _ in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(input_ids=tokens(1, 4)).logits.sum().backward()
+            optimizer.step()

@@ -4,6 +4,7 @@ import copy
 import doctest
 import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from families import FAMILIES
 from helpers import random_model, tokens
 from test_initializers import tokenizer
-from transformers import PreTrainedModel, pipeline
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, pipeline
 
 import peft_prefix.model
 from peft_prefix import (
@@ -52,11 +53,9 @@ def test_it_is_a_model_of_the_bases_architecture_to_transformers() -> None:
 def test_only_the_prefix_is_trained_and_in_the_state() -> None:
     model = random_model(FAMILIES["llama"].build(), p=4)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert (
-        trained
-        == set(model.state_dict())
-        == {f"prefixes.default.decoder.layers.{layer}.{role}" for layer in range(3) for role in ("key", "value")}
-    )
+    roles = [f"{layer}.{role}" for layer in range(3) for role in ("key", "value")]
+    assert trained == {f"prefixes.default.decoder.layers.{role}" for role in roles}
+    assert set(model.state_dict()) == {*trained, "prefixes._extra_state"}
     assert model.get_nb_trainable_parameters() == (3 * 2 * 2 * 4 * 16, sum(p.numel() for p in model.parameters()))
 
 
@@ -100,6 +99,10 @@ def test_several_prefixes_share_a_base_and_are_switched(tmp_path: Path) -> None:
         model.load_prefix(tmp_path / "first", name="one")
     with pytest.raises(PrefixConfigError, match="consists of letters"):
         model.add_prefix("../evil", PrefixConfig())
+    with pytest.raises(PrefixConfigError, match="'train' means something else in Python"):
+        model.add_prefix("train", PrefixConfig())
+    with pytest.raises(PrefixConfigError, match="300 virtual tokens leave no room for text: the base model has 256"):
+        model.add_prefix("long", PrefixConfig(num_virtual_tokens=300))
 
 
 def test_training_reaches_the_active_prefix_alone() -> None:
@@ -158,6 +161,22 @@ def test_training_state_is_restored(reparameterization: str) -> None:
         other.load_state_dict(broken, strict=False)
 
 
+def test_training_state_remembers_the_active_prefix() -> None:
+    base = FAMILIES["llama"].build()
+    model, other = random_model(base), random_model(base)
+    for each in (model, other):
+        each.add_prefix("second", PrefixConfig(num_virtual_tokens=2))
+    other.set_prefix("default")
+    other.load_state_dict(model.state_dict())
+    assert other.active_prefix == "second"
+
+
+def test_the_vocabulary_can_be_resized() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    model.resize_token_embeddings(210)
+    assert model(input_ids=tokens(1, 3)).logits.shape[-1] == 210
+
+
 def test_text_generation_pipeline(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model(FAMILIES["llama"].build())
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
@@ -182,6 +201,41 @@ def test_generation_in_one_thread_does_not_touch_the_base_in_another() -> None:
             assert torch.equal(base(input_ids=text).logits, expected)
     thread.join()
     assert torch.equal(results[0], alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_a_logits_processor_may_use_the_model_while_it_generates(family: str) -> None:
+    """As contrastive decoding does: with the prefix, without it, and generating itself."""
+    model, text = random_model(FAMILIES[family].build()), tokens(1, 12)
+    with torch.no_grad():
+        with_prefix, without = model(input_ids=text).logits, model.base(input_ids=text).logits
+    continued = model.generate(text, max_new_tokens=3, do_sample=False)
+    expected = model.generate(text, max_new_tokens=1, do_sample=False)
+    calls = []
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            assert torch.equal(model(input_ids=text).logits, with_prefix)
+            with model.disable_prefix():
+                assert torch.equal(model(input_ids=text).logits, without)
+                assert torch.equal(model.base(input_ids=text).logits, without)
+            assert torch.equal(model.generate(text, max_new_tokens=3, do_sample=False), continued)
+            calls.append(input_ids)
+            return scores
+
+    processors = LogitsProcessorList([Processor()])
+    assert torch.equal(model.generate(text, max_new_tokens=1, do_sample=False, logits_processor=processors), expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_threads_may_generate_at_the_same_time(family: str) -> None:
+    model = random_model(FAMILIES[family].build())
+    texts = [tokens(1, 4 + i, seed=i) for i in range(4)]
+    expected = [model.generate(text, max_new_tokens=20, do_sample=False) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda text: model.generate(text, max_new_tokens=20, do_sample=False), texts))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_generation_leaves_no_hooks_behind() -> None:

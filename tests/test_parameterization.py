@@ -8,7 +8,7 @@ from helpers import random_model, tokens
 from peft_prefix import Geometry, LayerGeometry, PrefixConfig
 from peft_prefix.parameterization import DirectPrefix, MLPPrefix, build_parameterization
 
-UNEVEN = Geometry({"decoder": (LayerGeometry(2, 3, 4), None, LayerGeometry(1, 5, 2))})
+UNEVEN = Geometry({"decoder": (LayerGeometry(2, 3, 4), LayerGeometry(1, 5, 2))})
 
 
 def random_tensors(p: int) -> dict[str, torch.Tensor]:
@@ -32,8 +32,8 @@ def test_parameters_of_the_direct_form_carry_the_names_of_the_file() -> None:
     assert {name: tuple(p.shape) for name, p in form.named_parameters()} == {
         "decoder.layers.0.key": (2, 6, 3),
         "decoder.layers.0.value": (2, 6, 4),
-        "decoder.layers.2.key": (1, 6, 5),
-        "decoder.layers.2.value": (1, 6, 2),
+        "decoder.layers.1.key": (1, 6, 5),
+        "decoder.layers.1.value": (1, 6, 2),
     }
 
 
@@ -57,8 +57,8 @@ def test_the_network_is_the_papers() -> None:
     # the first layer's keys are the first 2 heads x 3 numbers of each virtual token's row
     expected = tensors["decoder.layers.0.key"] + rows[:, :6].reshape(6, 2, 3).transpose(0, 1)
     torch.testing.assert_close(form()["decoder.layers.0.key"], expected)
-    last = tensors["decoder.layers.2.value"] + rows[:, -2:].reshape(6, 1, 2).transpose(0, 1)
-    torch.testing.assert_close(form()["decoder.layers.2.value"], last)
+    last = tensors["decoder.layers.1.value"] + rows[:, -2:].reshape(6, 1, 2).transpose(0, 1)
+    torch.testing.assert_close(form()["decoder.layers.1.value"], last)
 
 
 def test_the_network_runs_once_for_the_whole_batch() -> None:
