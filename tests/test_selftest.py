@@ -23,7 +23,7 @@ def test_a_model_that_counts_positions_in_its_own_way_is_refused() -> None:
 def test_a_model_that_cannot_run_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     base = FAMILIES["llama"].build()
     monkeypatch.setattr(type(base.model.layers[0].self_attn), "forward", lambda *_, **__: 1 / 0)
-    with pytest.raises(UnsupportedModelError, match="could not be run with a prefix .*: ZeroDivisionError"):
+    with pytest.raises(UnsupportedModelError, match=r"could not be run with a prefix .*: ZeroDivisionError"):
         get_prefix_model(base)
 
 
@@ -38,9 +38,7 @@ def test_multimodal_models_are_refused() -> None:
 
 
 def test_left_padding_is_refused_where_the_base_counts_it_as_text() -> None:
-    sizes = dict(
-        d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32, max_position_embeddings=64
-    )
+    sizes = dict(d_model=32, num_hidden_layers=2, encoder_layers=2, decoder_layers=2, decoder_attention_heads=2)
     base = transformers.BartForCausalLM(transformers.BartConfig(**COMMON, **sizes, is_encoder_decoder=False)).eval()
     torch.nn.init.normal_(base.model.decoder.embed_positions.weight, std=0.5)
     torch.nn.init.normal_(base.lm_head.weight, std=0.5)
