@@ -228,14 +228,17 @@ class PrefixModel(PreTrainedModel):
         this_call = object()
         running: list[tuple[PrefixedCache, ExitStack]] = []
 
-        def enter(base: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        # Hooks belong to the module: another thread may run them, even while torch has noted only half of their
+        # registration and calls them without keyword arguments. They do nothing there.
+        def enter(base: PreTrainedModel, args: Any, *kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             if _generation.get() is not this_call or self._disabled:
                 return None
-            arguments, stack = self._enter(self._injection.named(args, kwargs))
+            arguments, stack = self._enter(self._injection.named(args, kwargs[0]))
             running.append((arguments["past_key_values"], stack))
             return (), arguments
 
-        def leave(base: PreTrainedModel, args: Any, kwargs: Any, output: Any) -> Any:
+        def leave(base: PreTrainedModel, args: Any, *kwargs_and_output: Any) -> Any:
+            output = kwargs_and_output[-1]
             if _generation.get() is not this_call or self._disabled:
                 return output
             cache, stack = running.pop()
