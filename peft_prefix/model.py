@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from . import checkpoint
 from .architecture import specialized
 from .bank import PrefixBank
-from .cache import PrefixedCache
 from .config import PrefixConfig
 from .errors import (
     PrefixConfigError,
@@ -31,6 +29,7 @@ from .errors import (
     UnsupportedModelError,
     some_of,
 )
+from .generation import Entered, forward_passes, outside_of_generation
 from .geometry import Geometry, trace_geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
@@ -40,8 +39,6 @@ from .parameterization import PrefixTensors
 from .selftest import check_base
 
 DEFAULT_PREFIX = "default"
-_generation: ContextVar[object | None] = ContextVar("_generation", default=None)
-"""Identifies the call of `generate` that the base is running for, in this thread."""
 
 
 class PrefixModel(PreTrainedModel):
@@ -206,14 +203,11 @@ class PrefixModel(PreTrainedModel):
         if self._disabled:
             _claim_without_prefix(arguments)
             return self.base(**arguments)
-        token = _generation.set(None)  # a logits processor may call the model while it generates
-        try:
+        with outside_of_generation():
             arguments, leave = self._enter(arguments)
             with leave:
                 output = self.base(**arguments)
                 return self._injection.leave(self.base, output, arguments["past_key_values"])
-        finally:
-            _generation.reset(token)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active prefix; arguments and results are those of the base's `generate`.
@@ -225,44 +219,20 @@ class PrefixModel(PreTrainedModel):
             _claim_without_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
         self.prefixes.in_use()
-        this_call = object()
-        running: list[tuple[PrefixedCache, ExitStack]] = []
 
-        # Hooks belong to the module: another thread may run them, even while torch has noted only half of their
-        # registration and calls them without keyword arguments. They do nothing there.
-        def enter(base: PreTrainedModel, args: Any, *kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-            if _generation.get() is not this_call or self._disabled:
-                return None
-            arguments, stack = self._enter(self._injection.named(args, kwargs[0]))
-            running.append((arguments["past_key_values"], stack))
-            return (), arguments
+        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered | None:
+            return None if self._disabled else self._enter(self._injection.named(args, kwargs))
 
-        def leave(base: PreTrainedModel, args: Any, *kwargs_and_output: Any) -> Any:
-            output = kwargs_and_output[-1]
-            if _generation.get() is not this_call or self._disabled:
-                return output
-            cache, stack = running.pop()
-            with stack:
-                return self._injection.leave(base, output, cache)
+        def leave(output: Any, arguments: dict[str, Any]) -> Any:
+            return self._injection.leave(self.base, output, arguments["past_key_values"])
 
-        handles = [
-            self.base.register_forward_pre_hook(enter, with_kwargs=True),
-            self.base.register_forward_hook(leave, with_kwargs=True),
-        ]
-        token = _generation.set(this_call)
-        try:
+        with forward_passes(self.base, enter, leave):
             return self._base_generate(*args, **kwargs)
-        finally:
-            _generation.reset(token)
-            for handle in handles:
-                handle.remove()
-            for _, stack in running:  # a forward pass that failed
-                stack.close()
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
-    def _enter(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
+    def _enter(self, arguments: dict[str, Any]) -> Entered:
         """Arguments with the prefix put in, and what must be closed after the forward pass."""
         name, config, _ = self.prefixes.in_use()
         prefix = self.prefixes.layers(rows=new_tokens_of(arguments).shape[0])
