@@ -247,7 +247,7 @@ def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     """The new tokens of a call, as ids `(batch, new)` or as embeddings `(batch, new, hidden)`.
 
     Raises:
-        PrefixInputError: There are none.
+        PrefixInputError: There are none, or both.
     """
     given = [arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
     if len(given) != 1:

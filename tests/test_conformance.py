@@ -28,12 +28,13 @@ from peft_prefix import PrefixModel
 BACKENDS = [(name, attn) for name, family in FAMILIES.items() for attn in supported_attention(family)]
 every_backend = pytest.mark.parametrize(("family", "attn"), BACKENDS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 LONG = 30
 """Length of texts that are several windows long."""
 
 
 @pytest.mark.conformance("oracle")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_precision
 @every_backend
 def test_prefix_of_real_tokens_acts_like_those_tokens(family: str, attn: str, dtype: torch.dtype) -> None:
     base = FAMILIES[family].build(attn, dtype)
@@ -48,9 +49,10 @@ def test_prefix_of_real_tokens_acts_like_those_tokens(family: str, attn: str, dt
 
 
 @pytest.mark.conformance("windows")
+@every_precision
 @every_backend
-def test_prefix_stays_visible_beyond_the_window(family: str, attn: str) -> None:
-    base = FAMILIES[family].build(attn)
+def test_prefix_stays_visible_beyond_the_window(family: str, attn: str, dtype: torch.dtype) -> None:
+    base = FAMILIES[family].build(attn, dtype)
     if not FAMILIES[family].sliding:
         pytest.skip("has no sliding window")
     if family == "gpt_neo":
@@ -60,30 +62,34 @@ def test_prefix_stays_visible_beyond_the_window(family: str, attn: str) -> None:
         masks = pinned_masks(base, 4, LONG)
         expected = base(input_ids=with_text(prefix, text), attention_mask=masks).logits[:, 4:]
         actual = model_with_tokens(base, prefix)(input_ids=text).logits
-    assert_close(actual, expected)
+    assert_close(actual, expected, dtype)
 
 
 @pytest.mark.conformance("backends")
+@every_precision
 @every_family
-def test_backends_agree(family: str) -> None:
+def test_backends_agree(family: str, dtype: torch.dtype) -> None:
     implementations = supported_attention(FAMILIES[family])
     if len(implementations) < 2:
         pytest.skip("has one attention implementation on the CPU")
+    if dtype == torch.bfloat16 and "num_experts_per_tok" in FAMILIES[family].kwargs:
+        pytest.skip("routed experts: rounding to bfloat16 can change which ones are chosen")
     text, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
     mask[0, :5] = 0
     with torch.no_grad():
-        bases = [FAMILIES[family].build(attn) for attn in implementations]
+        bases = [FAMILIES[family].build(attn, dtype) for attn in implementations]
         one, other = (base(input_ids=text).logits for base in bases)
-        if (one - other).abs().max() > TOLERANCE[torch.float32]:
+        if (one - other).abs().max() > TOLERANCE[dtype]:
             pytest.skip("the backends of the base itself do not agree")
         eager, sdpa = (random_model(base)(input_ids=text, attention_mask=mask).logits for base in bases)
-    assert_close(sdpa[mask.bool()], eager[mask.bool()])
+    assert_close(sdpa[mask.bool()], eager[mask.bool()], dtype)
 
 
 @pytest.mark.conformance("padding")
+@every_precision
 @every_backend
-def test_padding_does_not_matter(family: str, attn: str) -> None:
-    model = random_model(FAMILIES[family].build(attn))
+def test_padding_does_not_matter(family: str, attn: str, dtype: torch.dtype) -> None:
+    model = random_model(FAMILIES[family].build(attn, dtype))
     text, pad = tokens(2, LONG), 11
     left, right = text.clone(), text.clone()
     left[0, :pad], right[0, LONG - pad :] = 0, 0
@@ -96,16 +102,17 @@ def test_padding_does_not_matter(family: str, attn: str) -> None:
         padded_right = model(input_ids=right, attention_mask=right_mask).logits
         float_mask = model(input_ids=left, attention_mask=left_mask.float()).logits
         other = model(input_ids=text[1:]).logits[0]
-    assert_close(padded_left[0, pad:], alone)
-    assert_close(padded_right[0, : LONG - pad], alone)
-    assert_close(float_mask[0, pad:], alone)
-    assert_close(padded_left[1], other)
+    assert_close(padded_left[0, pad:], alone, dtype)
+    assert_close(padded_right[0, : LONG - pad], alone, dtype)
+    assert_close(float_mask[0, pad:], alone, dtype)
+    assert_close(padded_left[1], other, dtype)
 
 
 @pytest.mark.conformance("cached")
+@every_precision
 @every_backend
-def test_cached_equals_uncached(family: str, attn: str) -> None:
-    model = random_model(FAMILIES[family].build(attn))
+def test_cached_equals_uncached(family: str, attn: str, dtype: torch.dtype) -> None:
+    model = random_model(FAMILIES[family].build(attn, dtype))
     text, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
     mask[0, :5] = 0
     cache = DynamicCache(config=model.config)
@@ -120,18 +127,19 @@ def test_cached_equals_uncached(family: str, attn: str) -> None:
         continued = model(input_ids=text[:, 12:], attention_mask=mask, past_key_values=returned).logits
     assert expected.past_key_values is None
     assert cache.get_seq_length() == LONG
-    assert_close(torch.cat(pieces, dim=1)[mask.bool()], expected.logits[mask.bool()])
-    assert_close(continued, expected.logits[:, 12:])
+    assert_close(torch.cat(pieces, dim=1)[mask.bool()], expected.logits[mask.bool()], dtype)
+    assert_close(continued, expected.logits[:, 12:], dtype)
 
 
 @pytest.mark.conformance("inputs")
+@every_precision
 @every_backend
-def test_all_ways_to_give_the_same_input_agree(family: str, attn: str) -> None:
-    model = random_model(FAMILIES[family].build(attn))
+def test_all_ways_to_give_the_same_input_agree(family: str, attn: str, dtype: torch.dtype) -> None:
+    model = random_model(FAMILIES[family].build(attn, dtype))
     text = tokens(2, 7)
     ones = torch.ones(2, 7, dtype=torch.long)
     causal = torch.ones(7, 7, dtype=torch.bool).tril()[None, None].expand(2, 1, 7, 7)
-    additive = torch.where(causal, 0.0, torch.finfo(torch.float32).min)
+    additive = torch.where(causal, 0.0, torch.finfo(dtype).min).to(dtype)
     with torch.no_grad():
         expected = model(input_ids=text).logits
         variants = {
@@ -147,11 +155,11 @@ def test_all_ways_to_give_the_same_input_agree(family: str, attn: str) -> None:
             variants["4D boolean mask"] = dict(input_ids=text, attention_mask=causal)
         for name, arguments in variants.items():
             try:
-                assert_close(model(**arguments).logits, expected)
+                assert_close(model(**arguments).logits, expected, dtype)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
         if "logits_to_keep" in FAMILIES[family].arguments():
-            assert_close(model(input_ids=text, logits_to_keep=2).logits, expected[:, -2:])
+            assert_close(model(input_ids=text, logits_to_keep=2).logits, expected[:, -2:], dtype)
 
 
 @pytest.mark.conformance("labels")
@@ -169,9 +177,10 @@ def test_loss_is_that_of_the_base_on_the_same_text(family: str) -> None:
 
 
 @pytest.mark.conformance("gradients")
+@every_precision
 @every_backend
-def test_every_virtual_token_of_every_layer_learns_and_nothing_else(family: str, attn: str) -> None:
-    base = FAMILIES[family].build(attn)
+def test_every_virtual_token_of_every_layer_learns_and_nothing_else(family: str, attn: str, dtype: torch.dtype) -> None:
+    base = FAMILIES[family].build(attn, dtype)
     before = {name: parameter.detach().clone() for name, parameter in base.state_dict().items()}
     model = random_model(base).train()
     text = tokens(1, 40)
@@ -190,9 +199,10 @@ def test_every_virtual_token_of_every_layer_learns_and_nothing_else(family: str,
 
 
 @pytest.mark.conformance("causality")
+@every_precision
 @every_backend
-def test_first_token_reaches_the_last_and_none_sees_a_later_one(family: str, attn: str) -> None:
-    model = random_model(FAMILIES[family].build(attn))
+def test_first_token_reaches_the_last_and_none_sees_a_later_one(family: str, attn: str, dtype: torch.dtype) -> None:
+    model = random_model(FAMILIES[family].build(attn, dtype))
     length = 12
     embeddings = model.get_input_embeddings()(tokens(1, length)).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings).logits[0]
@@ -205,9 +215,10 @@ def test_first_token_reaches_the_last_and_none_sees_a_later_one(family: str, att
 
 
 @pytest.mark.conformance("disabled")
+@every_precision
 @every_backend
-def test_disabled_prefix_is_the_base_bit_for_bit(family: str, attn: str) -> None:
-    base = FAMILIES[family].build(attn)
+def test_disabled_prefix_is_the_base_bit_for_bit(family: str, attn: str, dtype: torch.dtype) -> None:
+    base = FAMILIES[family].build(attn, dtype)
     text = tokens(2, LONG)
     with torch.no_grad():
         expected = base(input_ids=text).logits
@@ -227,14 +238,15 @@ def test_disabled_prefix_is_the_base_bit_for_bit(family: str, attn: str) -> None
 
 
 @pytest.mark.conformance("saved")
+@every_precision
 @every_family
-def test_saved_equals_loaded(family: str, tmp_path: Path) -> None:
-    model = random_model(FAMILIES[family].build(), reparameterization="mlp", mlp_hidden_size=8)
+def test_saved_equals_loaded(family: str, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = random_model(FAMILIES[family].build(dtype=dtype), reparameterization="mlp", mlp_hidden_size=8)
     with torch.no_grad():
         for parameter in model.prefixes.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.05)
     model.save_pretrained(tmp_path)
-    loaded = PrefixModel.from_pretrained(FAMILIES[family].build(), tmp_path)
+    loaded = PrefixModel.from_pretrained(FAMILIES[family].build(dtype=dtype), tmp_path)
     text = tokens(2, LONG)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=text).logits, model(input_ids=text).logits)
