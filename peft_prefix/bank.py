@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
 
-from .cache import KeyValue
+from .call import SiteStates
 from .config import PrefixConfig
 from .errors import PrefixConfigError
 from .geometry import Geometry
@@ -43,7 +45,8 @@ class PrefixBank(nn.ModuleDict):
     ) -> None:
         """Add a prefix that starts from the given keys and values; one that is not trained needs no network."""
         self.check_new(name)
-        module = build_parameterization(self.geometry, config) if is_trainable else DirectPrefix(self.geometry, config)
+        geometry = self.geometry.only(config.sites or self.geometry.sites)
+        module = build_parameterization(geometry, config) if is_trainable else DirectPrefix(geometry, config)
         module.start_from(tensors)
         self[name] = module.to(device).train(self.training).requires_grad_(is_trainable)
         self.configs[name] = config
@@ -63,22 +66,40 @@ class PrefixBank(nn.ModuleDict):
         assert isinstance(module, (DirectPrefix, MLPPrefix))
         return self.active, self.configs[self.active], module
 
-    def layers(self, rows: int) -> list[KeyValue]:
-        """Keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` of the active prefix for every cache layer.
+    def states(self) -> Callable[[int], SiteStates]:
+        """The active prefix for one call of the base.
 
-        Args:
-            rows: Batch size. Dropout differs between rows; without it one row serves all.
+        Returns:
+            For a number of rows, keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` by site and layer.
+            They are computed once, so that all passes of a call, and all sites, see the same prefix. Dropout differs
+            between rows; without it one row serves all.
         """
         _, config, module = self.in_use()
         dropout = config.dropout if self.training else 0.0
-        tensors = {
-            name: nn.functional.dropout(tensor[None].expand(rows if dropout else 1, -1, -1, -1), dropout)
-            for name, tensor in module().items()
-        }
-        return [
-            (tensors[f"{site}.layers.{index}.key"], tensors[f"{site}.layers.{index}.value"])
-            for site, index, _ in self.geometry.layers()
-        ]
+        geometry = self.geometry.only(config.sites or self.geometry.sites)
+
+        @cache
+        def plain() -> PrefixTensors:
+            tensors: PrefixTensors = module()
+            return tensors
+
+        @cache
+        def states(rows: int) -> SiteStates:
+            tensors = {
+                name: nn.functional.dropout(tensor[None].expand(rows, -1, -1, -1), dropout)
+                for name, tensor in plain().items()
+            }
+            return {
+                site: [
+                    None
+                    if shape is None
+                    else (tensors[f"{site}.layers.{index}.key"], tensors[f"{site}.layers.{index}.value"])
+                    for index, shape in enumerate(layers)
+                ]
+                for site, layers in geometry.sites.items()
+            }
+
+        return states if dropout else lambda _: states(1)
 
     def get_extra_state(self) -> torch.Tensor:
         """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""

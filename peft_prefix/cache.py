@@ -9,11 +9,15 @@ safe to run twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from .errors import PrefixInputError
+from .recurrent import RecurrentPart, UnstoredLayer
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """One layer's prefix: keys `(1 or batch, H, p, Dk)` and values `(1 or batch, H, p, Dv)`."""
@@ -53,15 +57,32 @@ class RowOrder:
 
 
 class PrefixedLayer(CacheLayerMixin):
-    """One cache layer with the prefix in front."""
+    """One cache layer with the prefix in front.
 
-    def __init__(self, prefix: KeyValue, past: Cache | None, index: int, order: RowOrder | None) -> None:
+    Args:
+        prefix: The layer's prefix, or `None` to add nothing.
+        past: The cache of real tokens underneath, or `None` to store nothing.
+        index: The layer's place in `past`.
+        order: Where each row's prefix goes if not to the front.
+        on_read: Called whenever the prefix is read.
+    """
+
+    def __init__(
+        self,
+        prefix: KeyValue | None,
+        past: Cache | None,
+        index: int,
+        order: RowOrder | None = None,
+        on_read: Callable[[], object] | None = None,
+    ) -> None:
         super().__init__()
-        self.prefix_keys, self.prefix_values = prefix
+        self.on_read = on_read
+        self.prefix = prefix
+        self.length = 0 if prefix is None else prefix[0].shape[-2]
         self.past = past
         self.index = index
         self.order = order
-        self.consumed = False
+        self.consumed = prefix is None
         self.is_initialized = True
 
     @property
@@ -91,24 +112,29 @@ class PrefixedLayer(CacheLayerMixin):
         Returns:
             Keys and values that attention reads, `p` entries longer than without a prefix.
         """
-        self.consumed = True
-        keys = self.prefix_keys.to(key_states).expand(key_states.shape[0], -1, -1, -1)
-        values = self.prefix_values.to(value_states).expand(value_states.shape[0], -1, -1, -1)
         growing = self._growing_layer()
-        if growing is not None and growing.keys is not None and growing.values is not None:
+        if self.prefix is not None and growing is not None and growing.keys is not None and growing.values is not None:
             # Its concatenation and ours are one and the same copy.
-            keys = torch.cat([keys, growing.keys, key_states], dim=-2)
-            values = torch.cat([values, growing.values, value_states], dim=-2)
-            p = self.prefix_keys.shape[-2]
-            growing.keys, growing.values = keys[:, :, p:], values[:, :, p:]
+            keys, values = self._joined((growing.keys, key_states), (growing.values, value_states))
+            growing.keys, growing.values = keys[:, :, self.length :], values[:, :, self.length :]
         else:
             if self.past is not None:
                 key_states, value_states = self.past.update(key_states, value_states, self.index, *args, **kwargs)
-            keys = torch.cat([keys, key_states], dim=-2)
-            values = torch.cat([values, value_states], dim=-2)
+            keys, values = self._joined((key_states,), (value_states,))
         if self.order is not None:
             keys, values = self.order.apply(keys), self.order.apply(values)
         return keys, values
+
+    def _joined(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> KeyValue:
+        """Real keys and values behind the prefix."""
+        self.consumed = True
+        if self.on_read is not None:
+            self.on_read()
+        if self.prefix is None:
+            return keys[0], values[0]
+        own_keys = self.prefix[0].to(keys[0]).expand(keys[0].shape[0], -1, -1, -1)
+        own_values = self.prefix[1].to(values[0]).expand(values[0].shape[0], -1, -1, -1)
+        return torch.cat([own_keys, *keys], dim=-2), torch.cat([own_values, *values], dim=-2)
 
     def _growing_layer(self) -> DynamicLayer | None:
         """The layer underneath, if it does nothing but grow and holds something already."""
@@ -120,34 +146,76 @@ class PrefixedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Number of cached entries, the prefix included: the position of the next real token."""
         seen = 0 if self.past is None else self.past.get_seq_length(self.index)
-        return self.prefix_keys.shape[-2] + seen
+        return self.length + seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for this many new tokens."""
         length, offset = (query_length, 0) if self.past is None else self.past.get_mask_sizes(query_length, self.index)
-        return self.prefix_keys.shape[-2] + length, offset
+        return self.length + length, offset
 
     def get_max_length(self) -> int:
         """Capacity of the layer, `-1` if it grows."""
         capacity = -1 if self.past is None else self.past.get_max_length(self.index)
-        return capacity if capacity < 0 else self.prefix_keys.shape[-2] + capacity
+        return capacity if capacity < 0 else self.length + capacity
+
+
+class PrefixedRecurrentLayer(PrefixedLayer, RecurrentPart):  # type: ignore[misc, override]
+    """A layer that has keys and values and a recurrent state side by side; the prefix joins the former."""
 
 
 class PrefixedCache(Cache):
     """A prefix in front of a cache, for one forward pass.
 
     Args:
-        prefix: The keys and values of the prefix, layer by layer.
+        prefix: The keys and values of the prefix, layer by layer; `None` where a layer has none, or for no prefix.
         past: The user's cache of real tokens, or `None` to store nothing.
+        blank: Empty layers of the base's own cache, one for each layer: what stands where a layer keeps no keys and
+            values and nothing is stored.
         order: Where each row's prefix goes if not to the front.
+        layer_type: Class of the layers that are not recurrent.
+
+    Raises:
+        PrefixInputError: `past` lacks layers that hold a recurrent state.
     """
 
-    def __init__(self, prefix: list[KeyValue], past: Cache | None, order: RowOrder | None = None) -> None:
-        layers = [PrefixedLayer(states, past, index, order) for index, states in enumerate(prefix)]
-        super().__init__(layers=list(layers))
-        self.prefixed = layers
+    def __init__(
+        self,
+        prefix: Sequence[KeyValue | None],
+        past: Cache | None,
+        blank: Sequence[Any] = (),
+        order: RowOrder | None = None,
+        layer_type: type[PrefixedLayer] = PrefixedLayer,
+    ) -> None:
         self.past = past
+        self.prefixed: list[PrefixedLayer] = []
+        layers: list[Any] = []
+        for index, states in enumerate(prefix):
+            own = blank[index] if index < len(blank) else None
+            if own is not None and not isinstance(own, CacheLayerMixin):
+                layers.append(_without_keys(own, past, index))
+                continue
+            layer = layer_type(states, past, index, order)
+            if issubclass(type(own), LinearAttentionCacheLayerMixin):
+                layer = PrefixedRecurrentLayer(states, past, index, order)
+                layer.state = _without_keys(own, past, index)
+            layers.append(layer)
+            self.prefixed.append(layer)
+        super().__init__(layers=layers)
 
     def unread_layers(self) -> list[int]:
         """Layers whose prefix the model has not read."""
         return [layer.index for layer in self.prefixed if not layer.consumed]
+
+
+def _without_keys(own: Any, past: Cache | None, index: int) -> Any:
+    """The part of a layer that keeps no keys and values: the user's own, or one that stores nothing."""
+    if past is not None and index < len(past.layers):
+        return past.layers[index]
+    if not isinstance(own, LinearAttentionCacheLayerMixin):
+        return own
+    if past is not None:
+        raise PrefixInputError(
+            f"The cache has no layer {index}, where this model keeps a recurrent state. Make it with "
+            "DynamicCache(config=model.config)."
+        )
+    return UnstoredLayer(own)

@@ -13,7 +13,8 @@ from .errors import PrefixConfigError
 
 Init = Literal["vocabulary", "text", "cache", "zeros", "normal"]
 Reparameterization = Literal["none", "mlp"]
-Site = Literal["decoder"]
+Site = Literal["encoder", "decoder", "cross"]
+Sliding = Literal["pinned", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,11 @@ class PrefixConfig:
             that produces them (Li & Liang 2021, section 4.3). Both save the same plain keys and values.
         mlp_hidden_size: Width of the reparameterization's hidden layer and of its input embedding.
         dropout: Probability of dropping single numbers of the prefix while training.
-        sites: Where the prefix acts. A causal language model has one site, `"decoder"`.
+        sites: Where the prefix acts: `"encoder"` self-attention, `"decoder"` self-attention and `"cross"`-attention
+            from decoder to encoder. All that the base has, if left out; a causal language model has `"decoder"` only.
+        sliding_window: What happens to the prefix in decoder layers with a sliding window. `"pinned"` keeps it visible
+            to every token, however far away, which is what prefix-tuning means; `"plain"` lets virtual tokens leave
+            the window as real ones do, for prefixes that were trained so.
         base_model_name_or_path: Name of the base model; filled in from the base when left out.
         base_model_revision: Revision of the base model on the Hub; filled in from the base when it is known.
 
@@ -53,7 +58,8 @@ class PrefixConfig:
     reparameterization: Reparameterization = "none"
     mlp_hidden_size: int = 512
     dropout: float = 0.0
-    sites: tuple[Site, ...] = ("decoder",)
+    sites: tuple[Site, ...] | None = None
+    sliding_window: Sliding = "pinned"
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
@@ -74,7 +80,9 @@ class PrefixConfig:
         _require_choice("reparameterization", self.reparameterization, get_args(Reparameterization))
         _require_number("dropout", self.dropout, minimum=0.0, below=1.0)
         _require_number("init_std", self.init_std, minimum=0.0, below=math.inf)
-        object.__setattr__(self, "sites", _validated_sites(self.sites))
+        _require_choice("sliding_window", self.sliding_window, get_args(Sliding))
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _validated_sites(self.sites))
         for name in ("init_text", "base_model_name_or_path", "base_model_revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -86,7 +94,7 @@ class PrefixConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": list(self.sites)}
+        return {**dataclasses.asdict(self), "sites": None if self.sites is None else list(self.sites)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PrefixConfig:

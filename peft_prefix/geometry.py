@@ -1,26 +1,11 @@
-"""Where a model keeps keys and values, and in which shapes: found by running it, not by reading config names.
-
-One tiny forward pass with a cache shows everything that config fields describe only for some families: grouped and
-multi-query heads, a head width that is not `hidden / heads`, latent attention whose key and value differ in width,
-layers without attention, layers that reuse another layer's cache. It runs the base as it is, so a quantized, spread
-or patched model is seen as it will be used.
-"""
+"""Where a model keeps keys and values, and in which shapes, site by site and layer by layer."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-
-from .errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -39,19 +24,29 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Per site, the shape of every cache layer."""
+    """Per site, the shape of every layer's keys and values.
 
-    sites: dict[str, tuple[LayerGeometry, ...]]
+    Args:
+        sites: `None` stands for a layer that keeps no keys and values: it is recurrent, or reads another layer's.
+    """
+
+    sites: dict[str, tuple[LayerGeometry | None, ...]]
 
     def layers(self) -> Iterator[tuple[str, int, LayerGeometry]]:
-        """All layers, as `(site, layer index, shape)`."""
+        """All layers that keep keys and values, as `(site, layer index, shape)`."""
         for site, layers in self.sites.items():
             for index, layer in enumerate(layers):
-                yield site, index, layer
+                if layer is not None:
+                    yield site, index, layer
+
+    def only(self, sites: Iterable[str]) -> Geometry:
+        """The part of some sites, in this geometry's order."""
+        wanted = set(sites)
+        return Geometry({site: layers for site, layers in self.sites.items() if site in wanted})
 
     @property
     def numbers_per_token(self) -> int:
-        """How many numbers one virtual token has in the whole model."""
+        """How many numbers one virtual token has at all sites together."""
         return sum(layer.numbers_per_token for _, _, layer in self.layers())
 
     def tensor_shapes(self, num_virtual_tokens: int) -> dict[str, tuple[int, int, int]]:
@@ -67,116 +62,3 @@ class Geometry:
         """A hash that is equal exactly where prefixes of one model fit the other."""
         shapes = json.dumps(self.tensor_shapes(1), sort_keys=True)
         return hashlib.sha256(shapes.encode()).hexdigest()
-
-
-def trace_geometry(base: PreTrainedModel) -> Geometry:
-    """Find the geometry of a causal language model by running it on one token.
-
-    Args:
-        base: Any transformers model.
-
-    Returns:
-        Its geometry, with the one site `decoder`.
-
-    Raises:
-        UnsupportedModelError: The model has no keys and values that a prefix could join.
-    """
-    name = type(base).__name__
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder model; this version prefixes causal language models only."
-        )
-    if base.config.get_text_config(decoder=True) is not base.config:
-        raise UnsupportedModelError(
-            f"{name} is multimodal; this version prefixes text models only. Load its language model by itself, for "
-            "example with AutoModelForCausalLM."
-        )
-    if "past_key_values" not in inspect.signature(base.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} keeps no keys and values: its forward takes no `past_key_values`, which is how a prefix reaches "
-            "attention. Prefix-tuning needs a model with attention layers and a key/value cache."
-        )
-    with evaluation_mode(base), torch.no_grad():
-        output = base(input_ids=torch.ones(1, 1, dtype=torch.long, device=base.device), use_cache=True)
-    cache = output.get("past_key_values")
-    found = [_layer_geometry(name, layer) for layer in cache.layers] if isinstance(cache, Cache) else []
-    layers = tuple(layer for layer in found if layer is not None)
-    if not layers:
-        raise UnsupportedModelError(
-            f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. "
-            "Prefix-tuning needs a causal language model, for example from AutoModelForCausalLM (BERT-like models with "
-            "`is_decoder=True`)."
-        )
-    if not base.can_generate():
-        raise UnsupportedModelError(
-            f"{name} has no language-model head, and other heads are not trained yet: load the model with "
-            "AutoModelForCausalLM."
-        )
-    if len(layers) < len(found):
-        without = [index for index, layer in enumerate(found) if layer is None]
-        raise UnsupportedModelError(
-            f"{name} keeps no keys and values in its layers {without} (they are recurrent, or share a cache); this "
-            "version prefixes models that keep them in every layer."
-        )
-    return Geometry({"decoder": layers})
-
-
-def recording_cache(base: PreTrainedModel) -> DynamicCache:
-    """An empty cache for the base that keeps all tokens, in layers with a sliding window, too."""
-    cache = DynamicCache(config=base.config.get_text_config(decoder=True))
-    cache.layers = [
-        DynamicLayer() if sliding else layer for layer, sliding in zip(cache.layers, cache.is_sliding, strict=True)
-    ]
-    return cache
-
-
-def activations(base: PreTrainedModel, input_ids: torch.Tensor) -> DynamicCache:
-    """The complete keys and values that the base computes for some tokens, without gradients or dropout.
-
-    Args:
-        base: A causal language model.
-        input_ids: Token ids of shape `(1, tokens)`.
-
-    Returns:
-        The filled cache.
-    """
-    cache = recording_cache(base)
-    with evaluation_mode(base), torch.no_grad():
-        base(input_ids=input_ids.to(base.device), past_key_values=cache, use_cache=True)
-    return cache
-
-
-def ordinary_tokens(base: PreTrainedModel) -> torch.Tensor:
-    """1.0 for every word of the vocabulary and 0.0 for the special tokens that the config names, `(vocabulary,)`."""
-    text_config = base.config.get_text_config(decoder=True)
-    ordinary = torch.ones(text_config.vocab_size)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(text_config, name, None)
-        for index in value if isinstance(value, list) else [] if value is None else [value]:
-            if 0 <= index < len(ordinary):
-                ordinary[index] = 0.0
-    return ordinary
-
-
-@contextmanager
-def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off, and afterwards give every submodule its own mode back."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
-
-
-def _layer_geometry(name: str, layer: Any) -> LayerGeometry | None:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None:
-        return None
-    if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-        raise UnsupportedModelError(
-            f"{name} caches keys of shape {tuple(keys.shape)} and values of shape {tuple(values.shape)}; a prefix "
-            "needs (batch, kv_heads, tokens, width) with equal heads for both."
-        )
-    return LayerGeometry(kv_heads=keys.shape[1], key_width=keys.shape[3], value_width=values.shape[3])

@@ -5,22 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Init, PrefixConfig
 from .errors import PrefixConfigError, PrefixInputError, PrefixWarning
-from .geometry import Geometry, activations, evaluation_mode, ordinary_tokens, recording_cache
-from .injection import require_owner
+from .example_inputs import example_inputs, ordinary_ids, ordinary_tokens, source_inputs
+from .geometry import Geometry
+from .ownership import require_owner
 from .parameterization import PrefixTensors
+from .recording import States, record, recording, states_of
+from .structure import Structure, evaluation_mode
 
 
 @dataclass(frozen=True)
 class InitInputs:
-    """Everything an initializer may draw from; each checks for what it needs."""
+    """Everything an initializer may draw from; each checks for what it needs.
+
+    Args:
+        base: The base model.
+        structure: What it consists of.
+        geometry: Shapes of the sites that the prefix has.
+        config: What the prefix looks like.
+        tokenizer: Reads `config.init_text`.
+        input_ids: A text as token ids.
+        past_key_values: A cache that the base filled.
+    """
 
     base: PreTrainedModel
+    structure: Structure
     geometry: Geometry
     config: PrefixConfig
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -44,54 +59,114 @@ def initial_tensors(inputs: InitInputs) -> PrefixTensors:
     return INITIALIZERS[inputs.config.init](inputs)
 
 
-def tensors_from_cache(cache: Cache, geometry: Geometry, num_virtual_tokens: int) -> PrefixTensors:
-    """The keys and values of a cache as a prefix.
+def tensors_from_states(states: States, geometry: Geometry, num_virtual_tokens: int) -> PrefixTensors:
+    """Recorded keys and values of one row as a prefix.
 
     Args:
-        cache: A cache of one row that holds exactly `num_virtual_tokens` tokens, read from position 0 without a prefix.
-        geometry: The base model's shapes.
+        states: Keys and values by site and layer, of exactly `num_virtual_tokens` tokens.
+        geometry: Shapes of the sites that the prefix has.
         num_virtual_tokens: Length `p` of the prefix.
 
     Returns:
         Copies of the keys `(H, p, Dk)` and values `(H, p, Dv)` by name.
 
     Raises:
-        PrefixInputError: The cache has other layers, another length or more than one row.
+        PrefixInputError: There are other layers, another length or more than one row.
     """
-    require_owner(cache, None)
     tensors: PrefixTensors = {}
     for site, index, shape in geometry.layers():
-        for role, width in (("key", shape.key_width), ("value", shape.value_width)):
-            states = getattr(cache.layers[index], f"{role}s", None) if index < len(cache.layers) else None
+        layers = states.get(site, [])
+        layer = layers[index] if index < len(layers) else None
+        for place, (role, width) in enumerate((("key", shape.key_width), ("value", shape.value_width))):
             expected = (1, shape.kv_heads, num_virtual_tokens, width)
-            if states is None or tuple(states.shape) != expected:
-                found = "nothing" if states is None else f"{role}s of shape {tuple(states.shape)}"
+            if layer is None or tuple(layer[place].shape) != expected:
+                found = "nothing" if layer is None else f"{role}s of shape {tuple(layer[place].shape)}"
                 raise PrefixInputError(
-                    f"Layer {index} of the cache holds {found} where {expected} is needed (one row, "
-                    "num_virtual_tokens tokens). Run the base model on exactly that many tokens, with a cache that "
-                    "keeps them all, e.g. DynamicCache()."
+                    f"Layer {index} of the cache holds {found} where {expected} is needed at the site {site!r} (one "
+                    "row, num_virtual_tokens tokens). Run the base model on exactly that many tokens, with a cache "
+                    "that keeps them all, e.g. DynamicCache()."
                 )
-            tensors[f"{site}.layers.{index}.{role}"] = states[0].detach().clone()
+            tensors[f"{site}.layers.{index}.{role}"] = layer[place][0].detach().clone()
     return tensors
+
+
+def activations(
+    base: PreTrainedModel, structure: Structure, geometry: Geometry, input_ids: torch.Tensor
+) -> PrefixTensors:
+    """The keys and values that the base computes for some tokens, at every site.
+
+    An encoder-decoder model reads them on both sides, the decoder behind its start token. Where the source is no text,
+    as many of its positions are taken, evenly spread.
+
+    Args:
+        base: The base model.
+        structure: What it consists of.
+        geometry: Shapes of the sites that are wanted.
+        input_ids: Token ids of shape `(p,)`.
+
+    Returns:
+        Keys `(H, p, Dk)` and values `(H, p, Dv)` by name.
+    """
+    ids = input_ids[None].to(base.device)
+    arguments = example_inputs(base, ids)
+    if structure.encoder is not None:
+        start = start_token(base).to(base.device)
+        arguments["decoder_input_ids"] = torch.cat([start[None], ids[:, :-1]], dim=1)
+    return _one_row(record(base, structure, arguments), geometry, len(input_ids))
+
+
+def start_token(base: PreTrainedModel) -> torch.Tensor:
+    """The token that the decoder of an encoder-decoder model begins with, `(1,)`."""
+    for config in (getattr(base, "generation_config", None), base.config, base.config.get_text_config(decoder=True)):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                return torch.tensor([value])
+    return ordinary_ids(base, 1).cpu()
+
+
+def _one_row(states: States, geometry: Geometry, p: int) -> PrefixTensors:
+    """The first row of what was recorded, with `p` positions for every site."""
+
+    def fitting(tensor: torch.Tensor) -> torch.Tensor:
+        length = tensor.shape[2]
+        return tensor[:1] if length == p else tensor[:1, :, torch.arange(p, device=tensor.device) * length // p]
+
+    fitted: States = {
+        site: [None if layer is None else (fitting(layer[0]), fitting(layer[1])) for layer in layers]
+        for site, layers in states.items()
+    }
+    return tensors_from_states(fitted, geometry, p)
 
 
 def _vocabulary(inputs: InitInputs) -> PrefixTensors:
     """Activations of words that the base model itself writes: a random first one, the others sampled from it.
 
     Text that the model finds likely leaves its behaviour nearly as it is, which random words do not (figures in
-    docs/results.md), and it takes nothing but the base.
+    docs/results.md), and it takes nothing but the base. An encoder reads random words, and the decoder writes about
+    them. A model without a language-model head writes nothing; there all words are random.
     """
     base, p = inputs.base, inputs.config.num_virtual_tokens
     generator = torch.Generator().manual_seed(inputs.config.init_seed)
     ordinary = ordinary_tokens(base)
-    word = torch.multinomial(ordinary, 1, generator=generator)
-    cache = recording_cache(base)
-    with evaluation_mode(base), torch.no_grad():
+    if not base.can_generate():
+        words = torch.multinomial(ordinary, p, replacement=True, generator=generator)
+        return activations(base, inputs.structure, inputs.geometry, words)
+    with evaluation_mode(base), torch.no_grad(), recording(inputs.structure) as run:
+        if inputs.structure.encoder is None:
+            ids, word = "input_ids", torch.multinomial(ordinary, 1, generator=generator)
+            source: dict[str, Any] = {}
+        else:
+            ids, word = "decoder_input_ids", start_token(base)
+            words = torch.multinomial(ordinary, p, replacement=True, generator=generator)
+            read = source_inputs(base, words[None].to(base.device))
+            source = {"encoder_outputs": inputs.structure.encoder(**read)}
         for _ in range(p):
-            output = base(input_ids=word[None].to(base.device), past_key_values=cache, use_cache=True)
+            tokens = {ids: word[None].to(base.device)}
+            output = base(**source, **tokens, past_key_values=run.cache)
             logits = output.logits[0, -1, : len(ordinary)].float().cpu()
             word = torch.multinomial((logits + ordinary.log()).softmax(dim=-1), 1, generator=generator)
-    return tensors_from_cache(cache, inputs.geometry, p)
+    return _one_row(run.states, inputs.geometry, p)
 
 
 def _text(inputs: InitInputs) -> PrefixTensors:
@@ -106,16 +181,23 @@ def _text(inputs: InitInputs) -> PrefixTensors:
             stacklevel=2,
         )
     repeated = ids.repeat(-(-p // ids.numel()))[:p]
-    return tensors_from_cache(activations(inputs.base, repeated[None]), inputs.geometry, p)
+    return activations(inputs.base, inputs.structure, inputs.geometry, repeated)
 
 
 def _cache(inputs: InitInputs) -> PrefixTensors:
     """A given key/value cache of the base model."""
-    if inputs.past_key_values is None:
+    cache = inputs.past_key_values
+    if cache is None:
         raise PrefixConfigError(
             'init="cache" needs the cache: pass past_key_values=... with num_virtual_tokens tokens.'
         )
-    return tensors_from_cache(inputs.past_key_values, inputs.geometry, inputs.config.num_virtual_tokens)
+    if "encoder" in inputs.geometry.sites:
+        raise PrefixConfigError(
+            'init="cache" cannot fill the encoder\'s prefix, since caches hold nothing of encoders: use '
+            'init="text", or sites=("decoder", "cross").'
+        )
+    require_owner(cache, None)
+    return tensors_from_states(states_of(cache), inputs.geometry, inputs.config.num_virtual_tokens)
 
 
 def _zeros(inputs: InitInputs) -> PrefixTensors:

@@ -1,17 +1,21 @@
-"""Attention masks of a model with a prefix: the model's own masks with `p` visible columns in front.
+"""Attention masks of a model with a prefix: the model's own masks with `p` columns in front.
 
 What real tokens see of each other is the model's business (causality, padding, windows, chunks, packed sequences) and
-is taken from the model unchanged. The prefix adds columns that every token sees.
+is taken from the model unchanged. The prefix adds columns that every token sees, or, with plain sliding windows, every
+token that is near enough.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as MASK_FUNCTIONS
+from transformers.masking_utils import create_masks_for_generate, create_recurrent_attention_mask
 
 from .cache import RowOrder
 from .errors import PrefixInputError
@@ -20,8 +24,41 @@ Mask: TypeAlias = torch.Tensor | BlockMask | None
 """2D padding mask `(batch, seen + new)`, 4D mask `(batch, heads, new, keys)`, flex block mask, or none needed."""
 
 
+@dataclass(frozen=True)
+class PrefixColumns:
+    """The columns of a prefix in the masks of one forward pass.
+
+    Args:
+        length: Length `p` of the prefix.
+        order: Where each row's prefix goes if not to the front (2D masks only).
+        positions: For plain sliding windows, the positions of the new tokens, `(1 or batch, new)`, with the prefix at
+            `0..p-1`; `None` keeps the prefix visible at every distance.
+        text_config: For plain sliding windows, the config that says how wide they are.
+    """
+
+    length: int
+    order: RowOrder | None = None
+    positions: torch.Tensor | None = None
+    text_config: Any = None
+
+    def visible(self, kind: str) -> torch.Tensor | None:
+        """Which virtual tokens each new token sees in layers of a kind, `(1 or batch, 1, new, p)`; `None` for all."""
+        if self.positions is None:
+            return None
+        own = torch.arange(self.length, device=self.positions.device)
+        queries = self.positions[:, None, :, None]
+        if kind == "sliding_attention":
+            near: torch.Tensor = queries - own < self.text_config.sliding_window
+            return near
+        if kind == "chunked_attention":  # chunks count real tokens; the prefix belongs to the first one
+            near = queries - self.length < self.text_config.attention_chunk_size
+            return near.expand(-1, -1, -1, self.length)
+        return None
+
+
 def model_masks(
     base: PreTrainedModel,
+    text_config: Any,
     attention_mask: torch.Tensor | None,
     past: Cache | None,
     position_ids: torch.Tensor | None,
@@ -30,7 +67,8 @@ def model_masks(
     """The masks that the base would build for real tokens alone, one or a dict by layer type.
 
     Args:
-        base: The base model.
+        base: The base model, whose class may have a mask function of its own.
+        text_config: Config of its text decoder.
         attention_mask: 2D padding mask of real tokens, or `None`.
         past: Cache of real tokens, or `None`.
         position_ids: Positions as the user gave them (packed sequences restart at 0), or `None`.
@@ -42,7 +80,7 @@ def model_masks(
     create = getattr(base, "create_masks_for_generate", create_masks_for_generate)
     shape_only = torch.empty((*new_tokens.shape[:2], 0), dtype=base.dtype, device=new_tokens.device)
     masks: Mask | dict[str, Mask] = create(
-        config=base.config,
+        config=text_config,
         inputs_embeds=shape_only,
         attention_mask=attention_mask,
         past_key_values=past,
@@ -51,37 +89,42 @@ def model_masks(
     return masks
 
 
+def window_kind(text_config: Any) -> str:
+    """The kind of layer that a model with one mask for all layers has."""
+    if getattr(text_config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    return "full_attention" if getattr(text_config, "attention_chunk_size", None) is None else "chunked_attention"
+
+
 def with_prefix_columns(
     mask: Mask | dict[str, Mask],
-    num_virtual_tokens: int,
+    columns: PrefixColumns,
     new_tokens: torch.Tensor,
     past: Cache | None,
-    order: RowOrder | None = None,
+    kind: str = "full_attention",
 ) -> Mask | dict[str, Mask]:
-    """A mask of real tokens with `p` visible columns for the prefix.
+    """A mask of real tokens with `p` columns for the prefix.
 
     Args:
         mask: 2D, 4D (boolean or additive) or block mask, `None` for "plainly causal" (as the scaled-dot-product kernel
             understands it), or a dict of them by layer type.
-        num_virtual_tokens: Length `p` of the prefix.
+        columns: The prefix's columns.
         new_tokens: The new tokens' ids `(batch, new)` or embeddings `(batch, new, hidden)`; only the shape is read.
         past: Cache of real tokens, or `None`.
-        order: Where each row's prefix goes if not to the front (2D masks only).
+        kind: Type of the layers that a single mask is for.
 
     Returns:
-        The same kind of mask, `p` columns wider; boolean instead of `None`.
+        The same kind of mask, `p` columns wider; boolean instead of `None`. Masks of recurrent layers stay as they are.
 
     Raises:
         PrefixInputError: A 4D mask that is neither boolean nor additive.
     """
     if isinstance(mask, dict):
         return {
-            kind: _widened(_causal(kind, new_tokens, past) if part is None else part, num_virtual_tokens, order)
-            for kind, part in mask.items()
+            name: part if _is_recurrent(name) else _with_columns(part, columns, new_tokens, past, name)
+            for name, part in mask.items()
         }
-    if mask is None:
-        mask = _causal("full_attention", new_tokens, past)
-    return _widened(mask, num_virtual_tokens, order)
+    return _with_columns(mask, columns, new_tokens, past, kind)
 
 
 def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -94,27 +137,79 @@ def positions_of_real_tokens(attention_mask: torch.Tensor, new_length: int) -> t
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -new_length:]
 
 
-def _widened(mask: torch.Tensor | BlockMask, p: int, order: RowOrder | None) -> torch.Tensor | BlockMask:
+def widened(
+    mask: torch.Tensor | BlockMask, columns: PrefixColumns, kind: str = "full_attention"
+) -> torch.Tensor | BlockMask:
+    """One mask with the prefix's columns in front.
+
+    Args:
+        mask: 2D, 4D (boolean or additive) or block mask.
+        columns: The prefix's columns.
+        kind: Type of the layers that the mask is for.
+
+    Raises:
+        PrefixInputError: A 4D mask that is neither boolean nor additive.
+    """
+    p, visible = columns.length, columns.visible(kind)
     if isinstance(mask, BlockMask):
-        return _widened_block_mask(mask, p)
+        return _widened_block_mask(mask, p, visible)
     if mask.dim() == 2:
         wide = torch.cat([mask.new_ones(mask.shape[0], p), mask], dim=-1)
-        return wide if order is None else wide.gather(1, order.indices(wide.shape[1]).to(wide.device))
-    if mask.dtype == torch.bool:
-        return torch.nn.functional.pad(mask, (p, 0), value=True)
-    if mask.is_floating_point():
-        return torch.nn.functional.pad(mask, (p, 0), value=0.0)
-    raise PrefixInputError(
-        f"A 4D attention mask must be boolean (True: visible) or floating point (added to the scores), not "
-        f"{mask.dtype}. Convert it, e.g. mask.bool()."
-    )
+        return wide if columns.order is None else wide.gather(1, columns.order.indices(wide.shape[1]).to(wide.device))
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise PrefixInputError(
+            f"A 4D attention mask must be boolean (True: visible) or floating point (added to the scores), not "
+            f"{mask.dtype}. Convert it, e.g. mask.bool()."
+        )
+    if visible is None:
+        visible = torch.ones(1, 1, 1, p, dtype=torch.bool, device=mask.device)
+    own = visible.to(mask.device)
+    if mask.dtype != torch.bool:
+        own = torch.zeros(own.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+            ~own, torch.finfo(mask.dtype).min
+        )
+    rows = max(mask.shape[0], own.shape[0])
+    wide = torch.cat([own.expand(rows, *mask.shape[1:3], p), mask.expand(rows, *mask.shape[1:])], dim=-1)
+    if columns.order is None:
+        return wide
+    indices = columns.order.indices(wide.shape[-1]).to(wide.device)[:, None, None, :]
+    return wide.expand(indices.shape[0], -1, -1, -1).gather(3, indices.expand(-1, *wide.shape[1:3], -1))
 
 
-def _widened_block_mask(mask: BlockMask, p: int) -> BlockMask:
+class WideMasks:
+    """Masks with the prefix's columns, each made once although every layer asks for it."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, Any]] = []
+
+    def widened(self, mask: Any, columns: PrefixColumns) -> Any:
+        """The mask with the prefix's columns; `None`, as everywhere in attention to both sides, hides nothing."""
+        if mask is None:
+            return None
+        for original, wide in self._known:
+            if original is mask:
+                return wide
+        self._known = [*self._known[-1:], (mask, widened(mask, columns))]  # layers of two kinds have two masks
+        return self._known[-1][1]
+
+
+def _with_columns(mask: Mask, columns: PrefixColumns, new_tokens: torch.Tensor, past: Cache | None, kind: str) -> Mask:
+    return widened(_causal(kind, new_tokens, past) if mask is None else mask, columns, kind)
+
+
+def _is_recurrent(kind: str) -> bool:
+    """Whether layers of this type keep a recurrent state, whose 2D mask is about the new tokens alone."""
+    return MASK_FUNCTIONS.get(kind) is create_recurrent_attention_mask
+
+
+def _widened_block_mask(mask: BlockMask, p: int, visible: torch.Tensor | None) -> BlockMask:
     real_tokens = mask.mask_mod
 
     def with_prefix(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key < p) | real_tokens(batch, head, query, (key - p).clamp(min=0))
+        own = key < p
+        if visible is not None:
+            own = own & visible[batch % visible.shape[0], 0, query, key.clamp(max=p - 1)]
+        return own | ((key >= p) & real_tokens(batch, head, query, (key - p).clamp(min=0)))
 
     batch, heads, query_length, key_length = mask.shape
     return create_block_mask(with_prefix, batch, heads, query_length, p + key_length, device=mask.kv_num_blocks.device)
@@ -125,7 +220,12 @@ def _causal(kind: str, new_tokens: torch.Tensor, past: Cache | None) -> torch.Te
     new_length = new_tokens.shape[1]
     keys = new_length
     if past is not None:
-        windowed = [index for index, sliding in enumerate(past.is_sliding) if sliding == (kind != "full_attention")]
-        keys = past.get_mask_sizes(new_length, windowed[0] if windowed else 0)[0]
+        has_window = kind != "full_attention"
+        alike = [
+            index
+            for index, layer in enumerate(past.layers)
+            if isinstance(layer, CacheLayerMixin) and past.is_sliding[index] == has_window
+        ]
+        keys = past.get_mask_sizes(new_length, alike[0] if alike else 0)[0]
     mask = torch.ones(1, 1, new_length, keys, dtype=torch.bool, device=new_tokens.device)
     return mask if new_length == 1 else mask.tril()

@@ -6,7 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from . import checkpoint
 from .architecture import specialized
 from .bank import PrefixBank
+from .call import PrefixCall
 from .config import PrefixConfig
 from .errors import (
     PrefixConfigError,
@@ -29,14 +30,17 @@ from .errors import (
     UnsupportedModelError,
     some_of,
 )
-from .generation import Entered, forward_passes, outside_of_generation
-from .geometry import Geometry, trace_geometry
+from .example_inputs import example_inputs
+from .geometry import Geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
-from .injection import Injection, claim, new_tokens_of
-from .local_windows import LocalWindows
+from .injection import Injection
+from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
+from .passes import outside_of_calls
+from .recording import geometry_of, record
 from .selftest import check_base
+from .structure import find_structure
 
 DEFAULT_PREFIX = "default"
 
@@ -84,7 +88,6 @@ class PrefixModel(PreTrainedModel):
         self.prefixes = PrefixBank(geometry)
         self._fillings = 0
         self._injection = injection
-        self._local_windows = LocalWindows(base)
         self._disabled = False
         self.train(base.training)
 
@@ -112,14 +115,15 @@ class PrefixModel(PreTrainedModel):
             PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
         """
         self.prefixes.check_new(name)
-        limit = self._injection.position_limit
+        config = self._completed(config)
+        limit = self._injection.decoder.position_limit
         if limit is not None and config.num_virtual_tokens >= limit:
             raise PrefixConfigError(
                 f"{config.num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} "
                 "positions."
             )
-        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
-        self.prefixes.install(name, self._completed(config), tensors, self.base.device)
+        tensors = self._initial(config, tokenizer, input_ids, past_key_values)
+        self.prefixes.install(name, config, tensors, self.base.device)
         self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
@@ -161,7 +165,7 @@ class PrefixModel(PreTrainedModel):
             )
         name, config, parameterization = self.prefixes.in_use()
         config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
-        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
+        tensors = self._initial(config, tokenizer, input_ids, past_key_values)
         parameterization.start_from(tensors)
         self.prefixes.configs[name] = config
         self._fillings += 1
@@ -177,7 +181,8 @@ class PrefixModel(PreTrainedModel):
         """Inside this context the model is exactly its base."""
         before, self._disabled = self._disabled, True
         try:
-            yield
+            with outside_of_calls():
+                yield
         finally:
             self._disabled = before
 
@@ -201,13 +206,10 @@ class PrefixModel(PreTrainedModel):
         """
         arguments = self._injection.understood(args, kwargs)
         if self._disabled:
-            _claim_without_prefix(arguments)
+            _require_no_prefix(arguments)
             return self.base(**arguments)
-        with outside_of_generation():
-            arguments, leave = self._enter(arguments)
-            with leave:
-                output = self.base(**arguments)
-                return self._injection.leave(self.base, output, arguments["past_key_values"])
+        with self._injection.injected(self._call(arguments), arguments):
+            return self.base(**arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active prefix; arguments and results are those of the base's `generate`.
@@ -216,31 +218,60 @@ class PrefixModel(PreTrainedModel):
         and returned sequences are about real tokens.
         """
         if self._disabled:
-            _claim_without_prefix(kwargs)
+            _require_no_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
-        self.prefixes.in_use()
-
-        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered | None:
-            return None if self._disabled else self._enter(self._injection.named(args, kwargs))
-
-        def leave(output: Any, arguments: dict[str, Any]) -> Any:
-            return self._injection.leave(self.base, output, arguments["past_key_values"])
-
-        with forward_passes(self.base, enter, leave):
+        with self._injection.injected(self._call({}), kwargs):
             return self._base_generate(*args, **kwargs)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder of an encoder-decoder base, with the active prefix.
+
+        Returns:
+            A function that takes the encoder's arguments and returns its output, which can be passed to `forward` and
+            `generate` as `encoder_outputs`. For other bases, what the base returns.
+        """
+        encoder: Any = cast("Any", self.base).get_encoder(*args, **kwargs)
+        known: Any = self._injection.structure.encoder
+        if known is None or encoder is not known:
+            return encoder
+
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if self._disabled:
+                return encoder(*args, **kwargs)
+            with self._injection.encoding(self._call({})):
+                return encoder(*args, **kwargs)
+
+        return encode
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
-    def _enter(self, arguments: dict[str, Any]) -> Entered:
-        """Arguments with the prefix put in, and what must be closed after the forward pass."""
+    def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
+        """The active prefix, for one call of the base."""
         name, config, _ = self.prefixes.in_use()
-        prefix = self.prefixes.layers(rows=new_tokens_of(arguments).shape[0])
-        owner = f"{name!r} of model {id(self):x}.{self._fillings}"
-        entered = self._injection.enter(self.base, arguments, prefix, owner)
-        stack = ExitStack()
-        stack.enter_context(self._local_windows.opened(config.num_virtual_tokens))
-        return entered, stack
+        mask = arguments.get("attention_mask") if self._injection.structure.encoder is None else None
+        return PrefixCall(
+            states=self.prefixes.states(),
+            length=config.num_virtual_tokens,
+            sites=config.sites or (),
+            owner=f"{name!r} of model {id(self):x}.{self._fillings}",
+            sliding=config.sliding_window,
+            padding_mask=mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
+        )
+
+    def _initial(
+        self,
+        config: PrefixConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        input_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> PrefixTensors:
+        """What a prefix of this configuration starts from."""
+        geometry = self.geometry.only(config.sites or ())
+        structure = self._injection.structure
+        return initial_tensors(
+            InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
+        )
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -282,7 +313,7 @@ class PrefixModel(PreTrainedModel):
             directory,
             self.prefix_state_dict(),
             config,
-            self.geometry,
+            self.geometry.only(config.sites or ()),
             checkpoint.weights_fingerprint(self.base),
             dtype,
         )
@@ -373,7 +404,8 @@ class PrefixModel(PreTrainedModel):
             local_files_only=local_files_only,
         )
         description = checkpoint.read_description(file)
-        tensors = checkpoint.read_tensors(file, description, self.geometry, _name_of(self.base))
+        geometry = self.geometry.only(description.config.sites or self.geometry.sites)
+        tensors = checkpoint.read_tensors(file, description, geometry, _name_of(self.base))
         if not checkpoint.same_weights(description.weights_fingerprint, checkpoint.weights_fingerprint(self.base)):
             trained_on = description.config.base_model_name_or_path or "an unnamed model"
             warnings.warn(
@@ -466,7 +498,25 @@ class PrefixModel(PreTrainedModel):
     # ------------------------------------------------------------------ inside
 
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
+        """The configuration with what is known about the base.
+
+        Raises:
+            PrefixConfigError: The base lacks a site, or cannot do what is asked.
+        """
+        sites = tuple(self.geometry.sites)
+        missing = [site for site in config.sites or () if site not in sites]
+        if missing:
+            raise PrefixConfigError(
+                f"{type(self.base).__name__} has no site {', '.join(map(repr, missing))} that a prefix could join; it "
+                f"has {', '.join(map(repr, sites))}."
+            )
+        if config.sliding_window == "plain" and self._injection.local_windows.modules:
+            raise PrefixConfigError(
+                f'{type(self.base).__name__} keeps its windows in buffers, where sliding_window="plain" would count '
+                'padding as text. Use "pinned".'
+            )
         return config.replace(
+            sites=tuple(site for site in sites if config.sites is None or site in config.sites),
             base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
             base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
         )
@@ -530,9 +580,10 @@ def _require_base(base: object) -> None:
 def _examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
     """The base's geometry and a way into it, after trying both on a few tokens."""
     try:
-        geometry = trace_geometry(base)
-        injection = Injection(base)
-        check_base(base, injection)
+        structure = find_structure(base)
+        geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
+        injection = Injection(base, structure)
+        geometry = check_base(base, injection, geometry)
     except PrefixError:
         raise
     except Exception as error:
@@ -542,10 +593,12 @@ def _examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
     return geometry, injection
 
 
-def _claim_without_prefix(arguments: Mapping[str, Any]) -> None:
-    past = arguments.get("past_key_values")
+def _require_no_prefix(arguments: Mapping[str, Any]) -> None:
+    past, encoded = arguments.get("past_key_values"), arguments.get("encoder_outputs")
     if isinstance(past, Cache):
         claim(past, None)
+    if encoded is not None:
+        require_encoding(encoded, None)
 
 
 def _name_of(base: PreTrainedModel) -> str:

@@ -70,25 +70,45 @@ class DirectPrefix(nn.Module):
 
 
 class MLPPrefix(nn.Module):
-    """The paper's reparameterization (Li & Liang 2021, section 4.3), in residual form.
+    """The paper's reparameterization (Li & Liang 2021, section 4.3), in residual form, one network for each site.
 
-    An embedding of `p` rows goes through hidden layer, tanh and output layer to the keys and values of all layers. They
-    are added to a fixed anchor, the initializer's keys and values, and the output layer starts at zero: training
-    starts exactly at the initializer, which the network alone could only approach. One pass serves the whole batch.
+    An embedding of `p` rows goes through hidden layer, tanh and output layer to the keys and values of all layers of a
+    site. They are added to a fixed anchor, the initializer's keys and values, and the output layer starts at zero:
+    training starts exactly at the initializer, which the network alone could only approach. One pass serves the whole
+    batch.
 
     Args:
         geometry: Shapes of the base model.
         config: Its `num_virtual_tokens`, `mlp_hidden_size` and `init_seed` are used.
     """
 
+    def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
+        super().__init__()
+        for number, site in enumerate(geometry.sites):
+            self.add_module(site, _SiteMLP(geometry.only([site]), config, config.init_seed + number))
+
+    def forward(self) -> PrefixTensors:
+        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
+        return {name: tensor for network in self.children() for name, tensor in network().items()}
+
+    def start_from(self, tensors: PrefixTensors) -> None:
+        """Move the anchors to the given keys and values and set the output layers back to zero."""
+        for network in self.children():
+            assert isinstance(network, _SiteMLP)
+            network.start_from(tensors)
+
+
+class _SiteMLP(nn.Module):
+    """One site's network."""
+
     anchor: torch.Tensor
 
-    def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
+    def __init__(self, geometry: Geometry, config: PrefixConfig, seed: int) -> None:
         super().__init__()
         self.shapes = geometry.tensor_shapes(config.num_virtual_tokens)
         width = config.mlp_hidden_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.init_seed)
+            torch.manual_seed(seed)
             self.embedding = nn.Parameter(torch.randn(config.num_virtual_tokens, width))
             self.hidden = nn.Linear(width, width)
             self.output = nn.Linear(width, geometry.numbers_per_token)
@@ -96,7 +116,6 @@ class MLPPrefix(nn.Module):
         self._restart()
 
     def forward(self) -> PrefixTensors:
-        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
         rows = self.anchor + self.output(torch.tanh(self.hidden(self.embedding)))
         widths = [heads * width for heads, _, width in self.shapes.values()]
         columns = rows.split(widths, dim=1)
@@ -106,7 +125,6 @@ class MLPPrefix(nn.Module):
         }
 
     def start_from(self, tensors: PrefixTensors) -> None:
-        """Move the anchor to the given keys and values and set the output layer back to zero."""
         with torch.no_grad():
             rows = [tensors[name].transpose(0, 1).flatten(1) for name in self.shapes]
             self.anchor.copy_(torch.cat([row.to(self.anchor) for row in rows], dim=1))

@@ -1,65 +1,199 @@
 """The library's central promise, tried on the user's own model: a prefix of real tokens acts like those tokens.
 
 Models differ in how they count positions and build masks, and new ones appear every month. A few forward passes on a
-handful of tokens show, before any training, whether this model reads a prefix as it should.
+handful of tokens show, before any training, whether this model reads a prefix as it should, at every site.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from .errors import UnsupportedModelError
-from .geometry import activations, evaluation_mode, ordinary_tokens
+from .cache import KeyValue
+from .call import PrefixCall
+from .errors import PrefixWarning, UnsupportedModelError
+from .example_inputs import ordinary_ids, source_inputs
+from .geometry import Geometry
+from .injection import Injection
+from .passes import intervening
+from .recording import record, recording
+from .structure import backbone_of, evaluation_mode, give_cache
 
-if TYPE_CHECKING:
-    from .injection import Injection
-
-_OWNER = "the self-test"
+_P = 2
+"""Virtual tokens of the tried prefix."""
 
 
-def check_base(base: PreTrainedModel, injection: Injection) -> None:
+def check_base(base: PreTrainedModel, injection: Injection, geometry: Geometry) -> Geometry:
     """Compare the base with two tokens as a prefix against the base with the same tokens as text.
 
-    Sets `injection.counts_left_padding` if padding on the left moves the positions of this model, so that such a batch
-    can be refused when it comes.
+    Sets `injection.decoder.counts_left_padding` if padding on the left moves the positions of this model, so that such
+    a batch can be refused when it comes, and `injection.encoder.is_relative` if the encoder counts positions.
+
+    Returns:
+        The geometry, without the encoder (and after a warning) where that does not take a prefix.
 
     Raises:
-        UnsupportedModelError: The logits differ.
+        UnsupportedModelError: The results differ.
     """
     if any(parameter.is_meta for parameter in base.parameters()):
-        return  # there is nothing to compute with
-    allowed = torch.nonzero(ordinary_tokens(base))[:, 0]
-    ids = allowed[torch.arange(1, 6) * len(allowed) // 7][None].to(base.device)
-    cache = activations(base, ids[:, :2])
-    prefix = [(layer.keys, layer.values) for layer in cast("Any", cache.layers)]
-
-    def logits(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        arguments = {"input_ids": text, "attention_mask": mask, "use_cache": False}
-        entered = injection.enter(base, arguments, prefix, _OWNER)
-        result: torch.Tensor = injection.leave(base, base(**entered), entered["past_key_values"]).logits
-        return result
-
-    text = ids[:, 2:]
-    padded = torch.cat([text[:, :1].expand(-1, 2), text], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :2] = 0
+        return geometry  # there is nothing to compute with
+    trial = _Trial(base, injection)
     with evaluation_mode(base), torch.no_grad():
-        expected = base(input_ids=ids, use_cache=False).logits[:, 2:]
-        actual = logits(text, torch.ones_like(text))
-        after_padding = logits(padded, mask)[:, 2:]
-    if not _equal(actual, expected):
-        raise UnsupportedModelError(
-            f"{type(base).__name__} does not read a prefix of real tokens as it reads the same tokens as text, so its "
-            "results with any prefix would be wrong. It probably counts positions or builds masks in a way of its own."
-        )
-    injection.counts_left_padding = not _equal(after_padding, expected)
+        if injection.structure.encoder is None:
+            trial.causality()
+        trial.decoder()
+        if injection.structure.encoder is None:
+            return geometry
+        trial.cross()
+        if "encoder" in geometry.sites and trial.encoder():
+            return geometry
+    warnings.warn(
+        f"The encoder of {type(base).__name__} does not take a prefix (its attention is written in a way of its own): "
+        "the prefix acts in the decoder and in cross-attention only.",
+        PrefixWarning,
+        stacklevel=5,
+    )
+    return geometry.only(["decoder", "cross"])
 
 
-def _equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits agree up to rounding; a wrong position or mask changes them by about as much as they vary."""
-    tolerance = 1e-2 if expected.dtype == torch.float32 else 0.5
+class _Trial:
+    """Runs of one base on five tokens, each with and without a prefix."""
+
+    def __init__(self, base: PreTrainedModel, injection: Injection) -> None:
+        self.base = backbone_of(base)
+        self.injection = injection
+        self.structure = injection.structure
+        self.ids = ordinary_ids(base, 5)[None]
+        self.is_text = base.main_input_name == "input_ids"
+
+    def causality(self) -> None:
+        """Models that see both sides have no earlier tokens to keep, even if they take a cache."""
+        changed = self.ids.clone()
+        changed[:, -1] = changed[:, 0]
+        before, after = (self._hidden({"input_ids": ids})[:, :-1] for ids in (self.ids, changed))
+        if not _equal(before, after, 1e-5):
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} keeps no keys and values of earlier tokens: its tokens attend to both "
+                "sides. Prefix-tuning needs a causal or an encoder-decoder model (for BERT-like ones, is_decoder=True)."
+            )
+
+    def decoder(self) -> None:
+        """The first two tokens as the decoder's prefix, with and without padding on the left."""
+        side = "" if self.structure.encoder is None else "decoder_"
+        source = {} if not side else source_inputs(self.base, self.ids[:, :3])
+        text = self.ids[:, _P:]
+        states = record(self.base, self.structure, {**source, f"{side}input_ids": self.ids[:, :_P]})["decoder"]
+        if any(self.injection.decoder.recurrent):
+            # A prefix is no text for recurrent layers. What the base does with a cache that says so is the measure.
+            expected = self._after_cache(states, text)
+        else:
+            expected = self._hidden({**source, f"{side}input_ids": self.ids})[:, _P:]
+        arguments = {**source, f"{side}input_ids": text, f"{side}attention_mask": torch.ones_like(text)}
+        try:
+            actual = self._hidden(arguments, decoder=states)
+        except AssertionError:  # it takes a cache for single tokens only
+            self.injection.decoder.needs_slots = True
+            actual = self._hidden(arguments, decoder=states)
+        self._require(_equal(actual, expected), "decoder")
+
+        padded = torch.cat([text[:, :1].expand(-1, 2), text], dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, :2] = 0
+        arguments = {**source, f"{side}input_ids": padded, f"{side}attention_mask": mask}
+        after_padding = self._hidden(arguments, decoder=states)[:, 2:]
+        self.injection.decoder.counts_left_padding = not _equal(after_padding, actual)
+
+    def cross(self) -> None:
+        """The first two positions of an encoding as the prefix, the others as the encoding."""
+        assert self.structure.encoder is not None
+        source = source_inputs(self.base, self.ids)
+        encoded = self.structure.encoder(**source)
+        target = {"decoder_input_ids": self.ids[:, :3]}
+        expected = self._hidden({"encoder_outputs": encoded, **target})
+        states = record(self.base, self.structure, {"encoder_outputs": encoded, **target})["cross"]
+        rest = type(encoded)(**{**encoded, "last_hidden_state": encoded[0][:, _P:]})
+        actual = self._hidden({"encoder_outputs": rest, **target}, cross=_cut(states, slice(0, _P)))
+        self._require(_equal(actual, expected), "cross")
+
+    def encoder(self) -> bool:
+        """Two of an encoder's tokens as its prefix, the others as text.
+
+        Encoders see both sides, so the last tokens serve where keys know their positions themselves, and the first
+        ones where attention counts distances.
+        """
+        if not self.is_text:
+            return True  # its inputs have one length, so none can be left out
+        encoder = self.structure.encoder
+        assert encoder is not None
+        with recording(self.structure) as run:
+            expected = encoder(input_ids=self.ids)[0]
+        states = run.states["encoder"]
+        for relative, own, rest in ((False, slice(-_P, None), slice(0, -_P)), (True, slice(0, _P), slice(_P, None))):
+            call = self._call(encoder=_cut(states, own))
+            with self.injection.encoding(call):
+                actual = encoder(input_ids=self.ids[:, rest])[0]
+            if _equal(actual, expected[:, rest]):
+                self.injection.encoder.is_relative = relative
+                return True
+        return False
+
+    def _after_cache(self, states: Sequence[KeyValue | None], text: torch.Tensor) -> torch.Tensor:
+        """The base behind a cache whose attention layers are filled and whose recurrent layers are not."""
+        cache = DynamicCache(config=self.structure.text_config)
+        for index, layer in enumerate(states):
+            if layer is not None:
+                cache.update(*layer, index)
+        mask = text.new_ones(1, _P + text.shape[1])
+        arguments = {"input_ids": text, "attention_mask": mask}
+        if self.injection.decoder.takes_positions:
+            arguments["position_ids"] = torch.arange(_P, mask.shape[1], device=text.device)[None]
+        with intervening([give_cache(self.structure.decoder, cache)]):
+            return self._hidden(arguments)
+
+    def _hidden(self, arguments: dict[str, Any], **states: Sequence[KeyValue | None]) -> torch.Tensor:
+        """The decoder's last hidden states, whatever head comes behind it."""
+        found: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            if states:
+                call = self._call(**states)
+                call.padding_mask = arguments.get("attention_mask")
+                stack.enter_context(self.injection.injected(call, arguments))
+            # Registered last, so that it sees what the decoder's caller sees.
+            hook = self.structure.decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
+            stack.callback(hook.remove)
+            self.base(**arguments)
+        return found[-1]
+
+    def _call(self, **states: Sequence[KeyValue | None]) -> PrefixCall:
+        return PrefixCall(states=lambda rows: states, length=_P, sites=tuple(states), owner="the self-test")
+
+    def _require(self, equal: bool, site: str) -> None:
+        if not equal:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} does not read a prefix of real tokens (site {site!r}) as it reads the "
+                "same tokens as text, so its results with any prefix would be wrong. It probably counts positions or "
+                "builds masks in a way of its own."
+            )
+
+
+def _cut(states: Sequence[KeyValue | None], part: slice) -> list[KeyValue | None]:
+    return [None if layer is None else (layer[0][:, :, part], layer[1][:, :, part]) for layer in states]
+
+
+def _equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-2) -> bool:
+    """Whether hidden states agree up to rounding; a wrong position or mask changes them by about their own spread.
+
+    Args:
+        actual: Hidden states.
+        expected: What they should be.
+        tolerance: In parts of their spread, in float32; fifty times as much in lower precision.
+    """
+    if expected.dtype != torch.float32:
+        tolerance *= 50
     spread = (expected.float() - expected.float().mean()).norm()
     return bool((actual.float() - expected.float()).norm() <= tolerance * spread)

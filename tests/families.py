@@ -1,60 +1,14 @@
-"""Tiny models of every supported family, built from their config classes (no downloads)."""
+"""Tiny models of every supported family."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field
+from families_encoder_decoder import ENCODER_DECODERS
+from families_hybrid import HYBRIDS
+from families_multimodal import MULTIMODAL
+from family import COMMON, LLAMA, VOCAB, WINDOW, Family, supported_attention
 
-import torch
-import transformers
-from transformers import PreTrainedModel
+__all__ = ["CAUSAL", "ENCODER_DECODERS", "FAMILIES", "VOCAB", "WINDOW", "Family", "supported_attention"]
 
-VOCAB = 200
-WINDOW = 8
-"""Sliding window of every family that has one: shorter than the test's texts, as it is in real use."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build one tiny model: the config class's name, the model class's name and the sizes."""
-
-    config: str
-    model: str
-    kwargs: dict[str, object] = field(default_factory=dict)
-    sliding: bool = False
-    """Whether some layer has a window of `WINDOW` tokens, so that texts longer than it lose their beginning."""
-    limit: int | None = 256
-    """Declared maximum of positions; `None` for families that have none."""
-
-    def build(self, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-        """A model with random weights, large enough that logits differ clearly between inputs."""
-        config = getattr(transformers, self.config)(**self.kwargs)
-        torch.manual_seed(seed)
-        model = getattr(transformers, self.model)._from_config(config, attn_implementation=attn)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.08)
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = None
-            model.generation_config.pad_token_id = 0
-        return model.to(dtype).eval()
-
-    def arguments(self) -> set[str]:
-        """Names of the arguments of the model's forward."""
-        return set(inspect.signature(getattr(transformers, self.model).forward).parameters)
-
-
-COMMON = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-LLAMA = dict(
-    COMMON,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
 EVEN = dict(LLAMA, num_hidden_layers=2)
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 MLA = dict(
@@ -83,7 +37,7 @@ def _falcon(**kwargs: object) -> Family:
     return Family("FalconConfig", "FalconForCausalLM", {**sizes, **kwargs})
 
 
-FAMILIES: dict[str, Family] = {
+DECODERS: dict[str, Family] = {
     "gpt2": Family("GPT2Config", "GPT2LMHeadModel", {**GPT, **NO_DROPOUT}),
     "gpt_neo": Family(
         "GPTNeoConfig",
@@ -195,10 +149,69 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("DeepseekV2Config", "DeepseekV2ForCausalLM", MLA),
     "deepseek_v3": Family("DeepseekV3Config", "DeepseekV3ForCausalLM", {**MLA, "num_hidden_layers": 2}),
     "gpt_oss": Family("GptOssConfig", "GptOssForCausalLM", {**LLAMA, **MIXED, **MOE, "head_dim": 16}, sliding=True),
+    "llama4_text": Family(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            **LLAMA,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": WINDOW,
+            "moe_layers": [1],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+        sliding=True,
+    ),
+    "gemma3n_text": Family(
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            **LLAMA,
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "layer_types": [
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+        },
+        sliding=True,
+    ),
+    "gemma4_text": Family(
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **LLAMA,
+            "num_hidden_layers": 5,
+            "head_dim": 8,  # q and k are normed and not scaled: wide heads make attention so sharp that rounding shows
+            "global_head_dim": 16,
+            "layer_types": [
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "sliding_window": WINDOW,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+        },
+        sliding=True,
+    ),
 }
 
-
-def supported_attention(family: Family) -> list[str]:
-    """The attention implementations that this family's class declares, of those that run on a CPU."""
-    model_class = getattr(transformers, family.model)
-    return ["eager", *(["sdpa"] if model_class._supports_sdpa else [])]
+CAUSAL = {**DECODERS, **HYBRIDS, **MULTIMODAL}
+FAMILIES = {**CAUSAL, **ENCODER_DECODERS}

@@ -72,7 +72,7 @@ def test_the_dtype_of_the_file_can_be_chosen(dtype: torch.dtype, tmp_path: Path)
 
 def test_the_mlp_is_folded_away(tmp_path: Path) -> None:
     model = random_model(FAMILIES["llama"].build(), reparameterization="mlp")
-    torch.nn.init.normal_(model.prefixes["default"].output.weight, std=0.01)
+    torch.nn.init.normal_(model.prefixes["default"].decoder.output.weight, std=0.01)
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "prefix.safetensors")) == set(model.prefix_state_dict())
     trained_further = load(tmp_path, is_trainable=True)

@@ -8,7 +8,13 @@ from transformers import DynamicCache, StaticCache
 
 from peft_prefix import PrefixInputError
 from peft_prefix.cache import RowOrder
-from peft_prefix.masks import leading_padding, positions_of_real_tokens, with_prefix_columns
+from peft_prefix.masks import (
+    PrefixColumns,
+    WideMasks,
+    leading_padding,
+    positions_of_real_tokens,
+    with_prefix_columns,
+)
 
 NEW = torch.zeros(2, 3, dtype=torch.long)
 
@@ -16,7 +22,7 @@ NEW = torch.zeros(2, 3, dtype=torch.long)
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.bool])
 def test_a_padding_mask_gets_visible_columns_of_its_own_dtype(dtype: torch.dtype) -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]]).to(dtype)
-    wide = with_prefix_columns(mask, 2, NEW, None)
+    wide = with_prefix_columns(mask, PrefixColumns(2), NEW, None)
     assert wide.dtype == dtype
     assert wide.long().tolist() == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]
 
@@ -24,34 +30,34 @@ def test_a_padding_mask_gets_visible_columns_of_its_own_dtype(dtype: torch.dtype
 def test_a_padding_mask_follows_the_row_order() -> None:
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     order = RowOrder(leading_padding(mask), 2)
-    assert with_prefix_columns(mask, 2, NEW, None, order).tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert with_prefix_columns(mask, PrefixColumns(2, order), NEW, None).tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
 
 
 def test_four_dimensional_masks_get_visible_columns() -> None:
     causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    assert with_prefix_columns(causal, 2, NEW, None)[0, 0].long().tolist() == [
+    assert with_prefix_columns(causal, PrefixColumns(2), NEW, None)[0, 0].long().tolist() == [
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 1, 1, 1],
     ]
     additive = torch.where(causal, 0.0, -9.0)
-    assert with_prefix_columns(additive, 2, NEW, None)[0, 0, 0].tolist() == [0, 0, 0, -9, -9]
+    assert with_prefix_columns(additive, PrefixColumns(2), NEW, None)[0, 0, 0].tolist() == [0, 0, 0, -9, -9]
     with pytest.raises(PrefixInputError, match=r"must be boolean .* or floating point"):
-        with_prefix_columns(causal.long(), 2, NEW, None)
+        with_prefix_columns(causal.long(), PrefixColumns(2), NEW, None)
 
 
 def test_no_mask_means_causal_and_every_key_for_a_single_token() -> None:
-    parts = with_prefix_columns({"full_attention": None}, 1, NEW, None)
+    parts = with_prefix_columns({"full_attention": None}, PrefixColumns(1), NEW, None)
     assert parts["full_attention"][0, 0].long().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     past = DynamicCache()
     past.update(torch.zeros(2, 1, 4, 2), torch.zeros(2, 1, 4, 2), 0)
-    one = with_prefix_columns(None, 1, NEW[:, :1], past)
+    one = with_prefix_columns(None, PrefixColumns(1), NEW[:, :1], past)
     assert one.tolist() == [[[[True] * 6]]]
 
 
 def test_the_causal_mask_of_a_fixed_size_cache_has_its_size() -> None:
     past = StaticCache(config=FAMILIES["gemma3_text"].build().config, max_cache_len=12)
-    masks = with_prefix_columns({"full_attention": None, "sliding_attention": None}, 1, NEW, past)
+    masks = with_prefix_columns({"full_attention": None, "sliding_attention": None}, PrefixColumns(1), NEW, past)
     assert masks["full_attention"].shape == (1, 1, 3, 13)
     assert masks["sliding_attention"].shape == (1, 1, 3, 9)
 
@@ -61,7 +67,7 @@ def test_block_masks_get_visible_columns() -> None:
         return query >= key
 
     block = create_block_mask(causal, 1, None, 3, 3, device="cpu")
-    wide = with_prefix_columns(block, 2, NEW, None)
+    wide = with_prefix_columns(block, PrefixColumns(2), NEW, None)
     zero = torch.tensor(0)
     seen = [[bool(wide.mask_mod(zero, zero, torch.tensor(q), torch.tensor(k))) for k in range(5)] for q in range(3)]
     assert seen == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -72,3 +78,36 @@ def test_positions_count_real_tokens() -> None:
     assert positions_of_real_tokens(mask, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
     assert positions_of_real_tokens(mask, 2).tolist() == [[0, 1], [2, 2]]
     assert leading_padding(mask).tolist() == [2, 0]
+
+
+def test_plain_windows_hide_the_prefix_from_tokens_that_are_far_away() -> None:
+    class Config:
+        sliding_window = 3
+        attention_chunk_size = 2
+
+    columns = PrefixColumns(2, positions=torch.tensor([[2, 3, 4]]), text_config=Config())
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    masks = dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention"), causal)
+    wide = with_prefix_columns(masks, columns, NEW, None)
+    assert wide["full_attention"][0, 0, :, :2].all()
+    assert wide["sliding_attention"][0, 0, :, :2].long().tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert wide["chunked_attention"][0, 0, :, :2].long().tolist() == [[1, 1], [1, 1], [0, 0]]
+    additive = with_prefix_columns({"sliding_attention": torch.zeros(2, 1, 3, 3)}, columns, NEW, None)
+    assert (additive["sliding_attention"][1, 0, :, :2] < -1e30).long().tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+def test_masks_of_recurrent_layers_stay_as_they_are() -> None:
+    padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    wide = with_prefix_columns({"linear_attention": padding, "conv": None}, PrefixColumns(2), NEW, None)
+    assert wide["linear_attention"] is padding
+    assert wide["conv"] is None
+
+
+def test_a_mask_that_many_layers_share_is_made_once() -> None:
+    masks, columns = WideMasks(), PrefixColumns(2)
+    one, other = torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 4)
+    first = masks.widened(one, columns)
+    assert first.shape == (1, 1, 3, 5)
+    assert masks.widened(other, columns).shape == (1, 1, 3, 6)
+    assert masks.widened(one, columns) is first
+    assert masks.widened(None, columns) is None

@@ -42,7 +42,8 @@ def test_the_network_is_the_papers() -> None:
     form = build_parameterization(UNEVEN, PrefixConfig(num_virtual_tokens=6, reparameterization="mlp"))
     assert isinstance(form, MLPPrefix)
     numbers = UNEVEN.numbers_per_token
-    assert {name: tuple(p.shape) for name, p in form.named_parameters()} == {
+    network = form.decoder
+    assert {name: tuple(p.shape) for name, p in network.named_parameters()} == {
         "embedding": (6, 512),
         "hidden.weight": (512, 512),
         "hidden.bias": (512,),
@@ -51,8 +52,8 @@ def test_the_network_is_the_papers() -> None:
     }
     tensors = random_tensors(6)
     form.start_from(tensors)
-    torch.nn.init.normal_(form.output.weight)
-    rows = form.output(torch.tanh(form.hidden(form.embedding)))
+    torch.nn.init.normal_(network.output.weight)
+    rows = network.output(torch.tanh(network.hidden(network.embedding)))
     assert rows.shape == (6, numbers)
     # the first layer's keys are the first 2 heads x 3 numbers of each virtual token's row
     expected = tensors["decoder.layers.0.key"] + rows[:, :6].reshape(6, 2, 3).transpose(0, 1)
@@ -64,7 +65,7 @@ def test_the_network_is_the_papers() -> None:
 def test_the_network_runs_once_for_the_whole_batch() -> None:
     model = random_model(FAMILIES["llama"].build(), reparameterization="mlp", mlp_hidden_size=8)
     calls: list[tuple[int, ...]] = []
-    model.prefixes["default"].hidden.register_forward_hook(lambda *hook: calls.append(tuple(hook[2].shape)))
+    model.prefixes["default"].decoder.hidden.register_forward_hook(lambda *hook: calls.append(tuple(hook[2].shape)))
     model(input_ids=tokens(5, 4))
     assert calls == [(4, 8)]
 
@@ -74,7 +75,7 @@ def test_the_networks_weights_depend_on_the_seed_of_the_config_alone() -> None:
         config = PrefixConfig(num_virtual_tokens=2, reparameterization="mlp", init_seed=seed)
         form = build_parameterization(UNEVEN, config)
         assert isinstance(form, MLPPrefix)
-        return form.hidden.weight
+        return form.decoder.hidden.weight
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -83,6 +84,17 @@ def test_the_networks_weights_depend_on_the_seed_of_the_config_alone() -> None:
     torch.manual_seed(2)
     assert torch.equal(weights(0), first)
     assert not torch.equal(weights(1), first)
+
+
+def test_each_site_has_its_own_network() -> None:
+    layers = (LayerGeometry(2, 3, 4), None, LayerGeometry(1, 5, 2))
+    geometry = Geometry({"encoder": layers, "cross": layers[2:]})
+    form = build_parameterization(geometry, PrefixConfig(num_virtual_tokens=6, reparameterization="mlp"))
+    assert {name for name, _ in form.named_children()} == {"encoder", "cross"}
+    assert not torch.equal(form.encoder.embedding, form.cross.embedding)
+    assert set(form()) == set(geometry.tensor_shapes(6))
+    assert "encoder.layers.1.key" not in form()
+    assert set(dict(form.encoder())) == {name for name in form() if name.startswith("encoder.")}
 
 
 def test_both_forms_learn_the_same_keys_and_values_only() -> None:

@@ -1,0 +1,23 @@
+"""Reading the arguments of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .errors import PrefixInputError
+
+
+def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The new tokens of a pass, as ids `(batch, new)` or as embeddings `(batch, new, hidden)`.
+
+    Raises:
+        PrefixInputError: There are none, or both.
+    """
+    given = [arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
+    if len(given) != 1:
+        raise PrefixInputError("Pass either input_ids or inputs_embeds.")
+    tokens: torch.Tensor = given[0]
+    return tokens

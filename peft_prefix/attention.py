@@ -1,0 +1,65 @@
+"""Attention layers that a prefix reaches by their arguments, because their model gives them no cache of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .passes import Intervention
+
+_MASK_NAMES = ("encoder_attention_mask", "attention_mask", "mask")
+"""What attention modules call their mask; where there is the first, the second belongs to self-attention."""
+
+
+@dataclass(frozen=True)
+class AttentionModule:
+    """One attention layer that a prefix reaches by its arguments.
+
+    Args:
+        module: The module itself.
+        names: Names of its forward's arguments, in order.
+        mask: Name of the argument that holds its mask.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    mask: str
+
+    @classmethod
+    def of(cls, module: nn.Module) -> AttentionModule | None:
+        """Read the module's forward signature; `None` if it has no mask, so that it is no attention layer."""
+        names = tuple(inspect.signature(module.forward).parameters)
+        masks = [name for name in _MASK_NAMES if name in names]
+        return cls(module, names, masks[0]) if masks else None
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of one call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+def supply(
+    attention: AttentionModule, cache: Callable[[torch.Tensor], Cache] | None, mask: Callable[[Any], Any]
+) -> Intervention:
+    """Give an attention module a mask of ours, and a cache where its model gives it none.
+
+    Args:
+        attention: The module.
+        cache: Makes the cache for one pass, from its hidden states `(batch, tokens, hidden)`; `None` to leave it.
+        mask: Changes the pass's mask, which may be `None`.
+    """
+
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
+        arguments = attention.named(args, kwargs)
+        if cache is not None:
+            arguments["past_key_values"] = cache(arguments[attention.names[0]])
+        arguments[attention.mask] = mask(arguments.get(attention.mask))
+        return arguments, ExitStack()
+
+    return Intervention(attention.module, enter)

@@ -1,0 +1,76 @@
+"""The smallest inputs that a base model runs on, for finding out about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+
+
+def example_inputs(base: PreTrainedModel, input_ids: torch.Tensor | None = None) -> dict[str, Any]:
+    """Arguments of one forward pass, without a cache.
+
+    Args:
+        base: Any transformers model.
+        input_ids: Tokens to read, `(batch, tokens)`; an encoder-decoder model gets them on both sides. One ordinary
+            token if left out.
+
+    Raises:
+        UnsupportedModelError: The model's encoder reads something else than text or the features of speech.
+    """
+    ids = ordinary_ids(base, 1)[None] if input_ids is None else input_ids
+    ids = ids.to(base.device)
+    if not base.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    return {**source_inputs(base, ids), "decoder_input_ids": ids}
+
+
+def source_inputs(base: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Arguments for the encoder of an encoder-decoder model.
+
+    Args:
+        base: An encoder-decoder model.
+        input_ids: Tokens to read, `(batch, tokens)`. An encoder of speech gets noise instead, `(batch, mel bins,
+            frames)`, of the one length that it takes.
+
+    Raises:
+        UnsupportedModelError: The encoder reads something else.
+    """
+    if base.main_input_name == "input_ids":
+        return {"input_ids": input_ids}
+    config: Any = base.config
+    if base.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions  # the second convolution of the encoder halves them
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(input_ids.shape[0], config.num_mel_bins, frames, generator=generator)
+        return {"input_features": noise.to(base.device, base.dtype)}
+    raise UnsupportedModelError(
+        f"The encoder of {type(base).__name__} reads {base.main_input_name}; prefixes are supported for encoders of "
+        "text and of speech features."
+    )
+
+
+def ordinary_tokens(base: PreTrainedModel) -> torch.Tensor:
+    """1.0 for every word of the vocabulary and 0.0 for the tokens that a config names, `(vocabulary,)`.
+
+    Those are beginning, end and padding, and the placeholders of images and the like.
+    """
+    text_config: Any = base.config.get_text_config(decoder=True)
+    ordinary = torch.ones(text_config.vocab_size)
+    for config in (base.config, text_config):
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_index", "_token_ids")):
+                for index in value if isinstance(value, list) else [value]:
+                    if isinstance(index, int) and 0 <= index < len(ordinary):
+                        ordinary[index] = 0.0
+    return ordinary
+
+
+def ordinary_ids(base: PreTrainedModel, count: int) -> torch.Tensor:
+    """Different ordinary tokens, spread over the vocabulary, `(count,)`."""
+    allowed = torch.nonzero(ordinary_tokens(base))[:, 0]
+    chosen: torch.Tensor = allowed[torch.arange(1, count + 1) * len(allowed) // (count + 2)]
+    return chosen.to(base.device)

@@ -1,0 +1,67 @@
+"""Which prefix the tokens of a cache, or the states of an encoder, were read with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from .errors import PrefixInputError
+
+_OWNER = "_prefix_owner"
+"""Attribute of a user's cache or tensor that says which prefix it was made with."""
+
+
+def claim(cache: Cache, owner: str | None) -> None:
+    """Note that the tokens of a cache are read with this prefix (or with none), after checking that all were.
+
+    Raises:
+        PrefixInputError: The cache holds tokens that were read in another way.
+    """
+    require_owner(cache, owner)
+    setattr(cache, _OWNER, owner)
+
+
+def require_owner(cache: Cache, owner: str | None) -> None:
+    """Check that every token of a cache was read with this prefix (or with none, if `owner` is `None`).
+
+    Raises:
+        PrefixInputError: The cache holds tokens that were read in another way, so continuing it would be wrong.
+    """
+    found = getattr(cache, _OWNER, None)
+    if found == owner or cache.get_seq_length() == 0:
+        return
+    read_with = "without a prefix" if found is None else f"with prefix {found}"
+    wanted = "without a prefix" if owner is None else f"with prefix {owner}"
+    raise PrefixInputError(
+        f"This cache holds {int(cache.get_seq_length())} tokens that were read {read_with} and cannot be continued "
+        f"{wanted}. Pass an empty cache, or one that was returned under the same prefix."
+    )
+
+
+def sign_encoding(output: Any, owner: str) -> None:
+    """Note that an encoder's output was made with this prefix."""
+    setattr(_hidden_states(output), _OWNER, owner)
+
+
+def require_encoding(output: Any, owner: str | None) -> None:
+    """Check that an encoder's output was made with this prefix (or with none, if `owner` is `None`).
+
+    Raises:
+        PrefixInputError: It was not, so the encoder's prefix would be missing, or another one would act.
+    """
+    found = getattr(_hidden_states(output), _OWNER, None)
+    if found == owner:
+        return
+    made_with = "without this model's encoder prefix" if found is None else f"with prefix {found}"
+    remedy = "base.get_encoder()(...)" if owner is None else "model.get_encoder()(...)"
+    raise PrefixInputError(
+        f"These encoder_outputs were made {made_with}. Make them with {remedy}, and pass them on as they are, or pass "
+        "the encoder's inputs instead."
+    )
+
+
+def _hidden_states(output: Any) -> torch.Tensor:
+    states: torch.Tensor = output[0]
+    return states

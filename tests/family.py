@@ -1,0 +1,69 @@
+"""How the tests build one tiny model of a family, from its config class (no downloads)."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 200
+WINDOW = 8
+"""Sliding window of every family that has one: shorter than the test's texts, as it is in real use."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one tiny model: the config class's name, the model class's name and the sizes."""
+
+    config: str
+    model: str
+    kwargs: dict[str, object] = field(default_factory=dict)
+    sliding: bool = False
+    """Whether some layer has a window of `WINDOW` tokens, so that texts longer than it lose their beginning."""
+    limit: int | None = 256
+    """Declared maximum of positions; `None` for families that have none."""
+    recurrent: bool = False
+    """Whether some layer keeps a recurrent state, which a prefix does not touch."""
+
+    def build(self, attn: str = "eager", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+        """A model with random weights, large enough that logits differ clearly between inputs."""
+        config = getattr(transformers, self.config)(**deepcopy(self.kwargs))  # some versions take nested dicts apart
+        torch.manual_seed(seed)
+        model = getattr(transformers, self.model)._from_config(config, attn_implementation=attn)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.08)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.eos_token_id = generation.forced_eos_token_id = None
+            generation.pad_token_id = 0
+            generation.encoder_no_repeat_ngram_size = None
+            generation.suppress_tokens = generation.begin_suppress_tokens = None
+        return model.to(dtype).eval()
+
+    def arguments(self) -> set[str]:
+        """Names of the arguments of the model's forward."""
+        return set(inspect.signature(getattr(transformers, self.model).forward).parameters)
+
+
+def supported_attention(family: Family) -> list[str]:
+    """The attention implementations that this family's class declares, of those that run on a CPU."""
+    model_class = getattr(transformers, family.model)
+    return ["eager", *(["sdpa"] if model_class._supports_sdpa else [])]
+
+
+COMMON = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(
+    COMMON,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
