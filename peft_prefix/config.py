@@ -34,6 +34,9 @@ class PrefixConfig:
         mlp_hidden_size: Width of the reparameterization's hidden layer and of its input embedding.
         dropout: Probability of dropping single numbers of the prefix while training.
         sites: Where the prefix acts. A causal language model has one site, `"decoder"`.
+        modules_to_save: Modules of the base that are trained and saved with the prefix, by their full names or the ends
+            of them (`"score"`). `None` finds the head of a model that is no language model; `()` trains the prefix
+            alone.
         base_model_name_or_path: Name of the base model; filled in from the base when left out.
         base_model_revision: Revision of the base model on the Hub; filled in from the base when it is known.
 
@@ -54,6 +57,7 @@ class PrefixConfig:
     mlp_hidden_size: int = 512
     dropout: float = 0.0
     sites: tuple[Site, ...] = ("decoder",)
+    modules_to_save: tuple[str, ...] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
@@ -75,6 +79,7 @@ class PrefixConfig:
         _require_number("dropout", self.dropout, minimum=0.0, below=1.0)
         _require_number("init_std", self.init_std, minimum=0.0, below=math.inf)
         object.__setattr__(self, "sites", _validated_sites(self.sites))
+        object.__setattr__(self, "modules_to_save", _validated_modules(self.modules_to_save))
         for name in ("init_text", "base_model_name_or_path", "base_model_revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -86,7 +91,8 @@ class PrefixConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": list(self.sites)}
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PrefixConfig:
@@ -133,4 +139,13 @@ def _validated_sites(sites: object) -> tuple[Site, ...]:
     chosen = tuple(sites)
     if not chosen or len(set(chosen)) != len(chosen) or any(site not in known for site in chosen):
         raise PrefixConfigError(f"sites must name each of {list(known)} at most once and one at least, not {sites!r}.")
+    return chosen
+
+
+def _validated_modules(modules: object) -> tuple[str, ...] | None:
+    if modules is None:
+        return None
+    chosen = None if isinstance(modules, str) or not isinstance(modules, Iterable) else tuple(modules)
+    if chosen is None or not all(isinstance(name, str) and name for name in chosen):
+        raise PrefixConfigError(f'modules_to_save must be a list of module names, e.g. ["score"], not {modules!r}.')
     return chosen

@@ -70,7 +70,7 @@ class Geometry:
 
 
 def trace_geometry(base: PreTrainedModel) -> Geometry:
-    """Find the geometry of a causal language model by running it on one token.
+    """Find the geometry of a causal language model, or of a backbone without a head, by running it on one token.
 
     Args:
         base: Any transformers model.
@@ -106,11 +106,6 @@ def trace_geometry(base: PreTrainedModel) -> Geometry:
             f"{name} keeps no keys and values: it ran with `use_cache=True` and returned no filled cache. "
             "Prefix-tuning needs a causal language model, for example from AutoModelForCausalLM (BERT-like models with "
             "`is_decoder=True`)."
-        )
-    if not base.can_generate():
-        raise UnsupportedModelError(
-            f"{name} has no language-model head, and other heads are not trained yet: load the model with "
-            "AutoModelForCausalLM."
         )
     if len(layers) < len(found):
         without = [index for index, layer in enumerate(found) if layer is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from .parameterization import PrefixTensors
 
 @dataclass(frozen=True)
 class InitInputs:
-    """Everything an initializer may draw from; each checks for what it needs."""
+    """Everything an initializer may draw from (`base`: what the prefix joins); each checks for what it needs."""
 
     base: PreTrainedModel
     geometry: Geometry
@@ -79,7 +80,8 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
     """Activations of words that the base model itself writes: a random first one, the others sampled from it.
 
     Text that the model finds likely leaves its behaviour nearly as it is, which random words do not (figures in
-    docs/results.md), and it takes nothing but the base.
+    docs/results.md), and it takes nothing but the base. A backbone without a language model's head writes with its word
+    embeddings if its config ties the two; otherwise the words are random.
     """
     base, p = inputs.base, inputs.config.num_virtual_tokens
     generator = torch.Generator().manual_seed(inputs.config.init_seed)
@@ -89,9 +91,21 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
     with evaluation_mode(base), torch.no_grad():
         for _ in range(p):
             output = base(input_ids=word[None].to(base.device), past_key_values=cache, use_cache=True)
-            logits = output.logits[0, -1, : len(ordinary)].float().cpu()
+            logits = _next_word(base, output)[: len(ordinary)].float().cpu()
             word = torch.multinomial((logits + ordinary.log()).softmax(dim=-1), 1, generator=generator)
     return tensors_from_cache(cache, inputs.geometry, p)
+
+
+def _next_word(base: PreTrainedModel, output: Any) -> torch.Tensor:
+    """Logits of the next word, `(vocabulary,)`, as well as the model can tell them."""
+    if "logits" in output:
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+    last: torch.Tensor = output.last_hidden_state[0, -1]
+    embeddings = cast("torch.Tensor", base.get_input_embeddings().weight)
+    if base.config.tie_word_embeddings and last.shape[0] == embeddings.shape[1]:
+        return torch.mv(embeddings, last.to(embeddings))
+    return last.new_zeros(len(embeddings))
 
 
 def _text(inputs: InitInputs) -> PrefixTensors:

@@ -18,13 +18,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
 from .architecture import specialized
+from .backbone import backbone_of
 from .bank import PrefixBank
 from .config import PrefixConfig
 from .errors import (
+    IncompatibleBaseError,
     PrefixConfigError,
     PrefixError,
     PrefixFileError,
     PrefixInputError,
+    PrefixNotConsumedError,
     PrefixWarning,
     UnsupportedModelError,
     some_of,
@@ -35,6 +38,7 @@ from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
 from .injection import Injection, claim, new_tokens_of
 from .local_windows import LocalWindows
+from .modules_to_save import ModuleWeights, require_called, resolved_modules
 from .parameterization import PrefixTensors
 from .selftest import check_base
 
@@ -47,7 +51,8 @@ class PrefixModel(PreTrainedModel):
     It takes the arguments of the base model, gives the outputs of the base model, and to the rest of transformers (the
     `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
     those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
-    are in `state_dict()`. `train()` and `eval()` reach the base, too: its own dropout acts in training, as in
+    are in `state_dict()`. They include each prefix's own weights for the modules in `PrefixConfig.modules_to_save`.
+    `train()` and `eval()` reach the base, too: its own dropout acts in training, as in
     fine-tuning.
 
     Attributes:
@@ -72,18 +77,20 @@ class PrefixModel(PreTrainedModel):
         """Freeze the base and find its geometry.
 
         Args:
-            base: Any causal language model of transformers.
+            base: Any causal language model of transformers, or one with another head in its place.
 
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
-        geometry, injection = _examined(base)
+        backbone = backbone_of(base)
+        geometry, injection = _examined(backbone)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
         self.prefixes = PrefixBank(geometry)
         self._fillings = 0
         self._injection = injection
+        self._call = injection if backbone is base else Injection(base)
         self._local_windows = LocalWindows(base)
         self._disabled = False
         self.train(base.training)
@@ -118,8 +125,10 @@ class PrefixModel(PreTrainedModel):
                 f"{config.num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} "
                 "positions."
             )
-        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
-        self.prefixes.install(name, self._completed(config), tensors, self.base.device)
+        config = self._completed(config)
+        weights = ModuleWeights(self.base, config.modules_to_save or ())
+        sources = InitInputs(self._backbone, self.geometry, config, tokenizer, input_ids, past_key_values)
+        self.prefixes.install(name, config, initial_tensors(sources), self._backbone.device, weights)
         self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
@@ -144,7 +153,7 @@ class PrefixModel(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> None:
-        """Fill the active prefix anew, from a text, from token ids or from a cache.
+        """Fill the active prefix anew, from a text, from token ids or from a cache; `modules_to_save` stay as they are.
 
         Args:
             text: A text; needs `tokenizer`. It is cut or repeated to the prefix's length.
@@ -161,16 +170,21 @@ class PrefixModel(PreTrainedModel):
             )
         name, config, parameterization = self.prefixes.in_use()
         config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
-        tensors = initial_tensors(InitInputs(self.base, self.geometry, config, tokenizer, input_ids, past_key_values))
-        parameterization.start_from(tensors)
+        sources = InitInputs(self._backbone, self.geometry, config, tokenizer, input_ids, past_key_values)
+        parameterization.start_from(initial_tensors(sources))
         self.prefixes.configs[name] = config
         self._fillings += 1
 
     def prefix_state_dict(self) -> PrefixTensors:
-        """The active prefix's plain keys `(H, p, Dk)` and values `(H, p, Dv)`, detached, named as they are saved."""
+        """What a file of the active prefix contains, detached and named as there.
+
+        Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
+        names begin with `modules_to_save.`.
+        """
         _, _, parameterization = self.prefixes.in_use()
         with torch.no_grad():
-            return {key: tensor.detach().clone() for key, tensor in parameterization().items()}
+            tensors = {**parameterization(), **self.prefixes.weights().saved()}
+            return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -192,22 +206,23 @@ class PrefixModel(PreTrainedModel):
                 has no columns for the prefix, `position_ids` start at 0, `past_key_values` holds real tokens only.
 
         Returns:
-            The base model's output. `loss` and `logits` `(batch, new, vocabulary)` are about real tokens; its
-            `past_key_values` can be passed back in for the next tokens.
+            The base model's output. `loss` and `logits` (`(batch, new, vocabulary)` of a language model) are about real
+            tokens; its `past_key_values` can be passed back in for the next tokens.
 
         Raises:
             PrefixInputError: An argument does not fit or is not understood.
-            PrefixNotConsumedError: The base did not read the prefix.
+            PrefixNotConsumedError: The base did not read the prefix, or has not called a module in `modules_to_save`.
         """
-        arguments = self._injection.understood(args, kwargs)
+        arguments = self._call.understood(args, kwargs)
         if self._disabled:
             _claim_without_prefix(arguments)
             return self.base(**arguments)
         with outside_of_generation():
+            if self._backbone is not self.base:
+                return self._forward_with_head(arguments)
             arguments, leave = self._enter(arguments)
             with leave:
-                output = self.base(**arguments)
-                return self._injection.leave(self.base, output, arguments["past_key_values"])
+                return self._leave(self.base(**arguments), arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the active prefix; arguments and results are those of the base's `generate`.
@@ -215,6 +230,11 @@ class PrefixModel(PreTrainedModel):
         The prefix counts neither as prompt nor as generated text: `max_new_tokens`, `max_length`, stopping criteria
         and returned sequences are about real tokens.
         """
+        if not self.can_generate():
+            raise PrefixInputError(
+                f"{type(self.base).__name__} has no language model's head and cannot generate. Load the base with "
+                "AutoModelForCausalLM."
+            )
         if self._disabled:
             _claim_without_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
@@ -223,21 +243,56 @@ class PrefixModel(PreTrainedModel):
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered | None:
             return None if self._disabled else self._enter(self._injection.named(args, kwargs))
 
-        def leave(output: Any, arguments: dict[str, Any]) -> Any:
-            return self._injection.leave(self.base, output, arguments["past_key_values"])
-
-        with forward_passes(self.base, enter, leave):
+        with forward_passes(self.base, enter, self._leave):
             return self._base_generate(*args, **kwargs)
+
+    @property
+    def _backbone(self) -> PreTrainedModel:
+        """The part of the base that the prefix joins."""
+        return backbone_of(self.base)
+
+    def _forward_with_head(self, arguments: dict[str, Any]) -> Any:
+        """Run a base whose head is not a language model's: the prefix joins the pass of its backbone."""
+        joined: list[object] = []
+
+        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
+            joined.append(None)
+            return self._joined(self._injection.named(args, kwargs))
+
+        def leave(output: Any, arguments: dict[str, Any]) -> Any:
+            return self._injection.leave(self._backbone, output, arguments["past_key_values"])
+
+        with self.prefixes.weights().in_place(self.base):
+            with forward_passes(self._backbone, enter, leave):
+                output = self.base(**arguments)
+            require_called()
+        if not joined:
+            raise PrefixNotConsumedError(
+                f"{type(self.base).__name__} ran without calling its {type(self._backbone).__name__}, so its output "
+                "would ignore the prefix. Remove hooks and wrappers around the base, or report the model."
+            )
+        return output
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
     def _enter(self, arguments: dict[str, Any]) -> Entered:
-        """Arguments with the prefix put in, and what must be closed after the forward pass."""
+        """Arguments of the base with the prefix put in, and what must be closed after the forward pass."""
+        entered, stack = self._joined(arguments)
+        stack.enter_context(self.prefixes.weights().in_place(self.base))
+        return entered, stack
+
+    def _leave(self, output: Any, arguments: dict[str, Any]) -> Any:
+        """The base's output, after checking that it comes from all that was put in."""
+        require_called()
+        return self._injection.leave(self.base, output, arguments["past_key_values"])
+
+    def _joined(self, arguments: dict[str, Any]) -> Entered:
+        """Arguments of the backbone with the prefix put in, and what must be closed after its forward pass."""
         name, config, _ = self.prefixes.in_use()
         prefix = self.prefixes.layers(rows=new_tokens_of(arguments).shape[0])
         owner = f"{name!r} of model {id(self):x}.{self._fillings}"
-        entered = self._injection.enter(self.base, arguments, prefix, owner)
+        entered = self._injection.enter(self._backbone, arguments, prefix, owner)
         stack = ExitStack()
         stack.enter_context(self._local_windows.opened(config.num_virtual_tokens))
         return entered, stack
@@ -283,7 +338,7 @@ class PrefixModel(PreTrainedModel):
             self.prefix_state_dict(),
             config,
             self.geometry,
-            checkpoint.weights_fingerprint(self.base),
+            checkpoint.weights_fingerprint(self.base, without=config.modules_to_save or ()),
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
@@ -373,8 +428,13 @@ class PrefixModel(PreTrainedModel):
             local_files_only=local_files_only,
         )
         description = checkpoint.read_description(file)
-        tensors = checkpoint.read_tensors(file, description, self.geometry, _name_of(self.base))
-        if not checkpoint.same_weights(description.weights_fingerprint, checkpoint.weights_fingerprint(self.base)):
+        # A file says what it holds; one without this entry holds keys and values alone.
+        config = description.config.replace(modules_to_save=description.config.modules_to_save or ())
+        weights = self._weights_for(config, file)
+        tensors = checkpoint.read_tensors(file, description, self.geometry, _name_of(self.base), weights.saved())
+        weights.load(tensors)
+        own = checkpoint.weights_fingerprint(self.base, without=weights.module_names)
+        if not checkpoint.same_weights(description.weights_fingerprint, own):
             trained_on = description.config.base_model_name_or_path or "an unnamed model"
             warnings.warn(
                 f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with "
@@ -382,7 +442,7 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self.prefixes.install(name, description.config, tensors, self.base.device, is_trainable)
+        self.prefixes.install(name, config, tensors, self._backbone.device, weights, is_trainable)
         self.prefixes.active = self.prefixes.active or name
 
     def state_dict(  # type: ignore[override]
@@ -465,8 +525,19 @@ class PrefixModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ inside
 
+    def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
+        names = config.modules_to_save or ()
+        missing = set(names) - {name for name, _ in self.base.named_modules()}
+        if missing:
+            raise IncompatibleBaseError(
+                f"{file} was trained together with {some_of(sorted(missing))}, which {_name_of(self.base)} does not "
+                "have. Load the base with the class that it was trained with, e.g. AutoModelForSequenceClassification."
+            )
+        return ModuleWeights(self.base, names)
+
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
         return config.replace(
+            modules_to_save=resolved_modules(self.base, config.modules_to_save),
             base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
             base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
         )
@@ -483,7 +554,8 @@ def get_prefix_model(
     """Freeze a model and put a trainable prefix before it.
 
     Args:
-        base: Any causal language model of transformers.
+        base: Any causal language model of transformers, or one with another head in its place; such a head (a
+            classifier, for example) is trained with the prefix.
         config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
         tokenizer: Reads `config.init_text` for `init="text"`.
         input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.

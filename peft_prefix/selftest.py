@@ -27,7 +27,7 @@ def check_base(base: PreTrainedModel, injection: Injection) -> None:
     can be refused when it comes.
 
     Raises:
-        UnsupportedModelError: The logits differ.
+        UnsupportedModelError: The logits (or hidden states) differ.
     """
     if any(parameter.is_meta for parameter in base.parameters()):
         return  # there is nothing to compute with
@@ -36,20 +36,19 @@ def check_base(base: PreTrainedModel, injection: Injection) -> None:
     cache = activations(base, ids[:, :2])
     prefix = [(layer.keys, layer.values) for layer in cast("Any", cache.layers)]
 
-    def logits(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def told(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         arguments = {"input_ids": text, "attention_mask": mask, "use_cache": False}
         entered = injection.enter(base, arguments, prefix, _OWNER)
-        result: torch.Tensor = injection.leave(base, base(**entered), entered["past_key_values"]).logits
-        return result
+        return _told(injection.leave(base, base(**entered), entered["past_key_values"]))
 
     text = ids[:, 2:]
     padded = torch.cat([text[:, :1].expand(-1, 2), text], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :2] = 0
     with evaluation_mode(base), torch.no_grad():
-        expected = base(input_ids=ids, use_cache=False).logits[:, 2:]
-        actual = logits(text, torch.ones_like(text))
-        after_padding = logits(padded, mask)[:, 2:]
+        expected = _told(base(input_ids=ids, use_cache=False))[:, 2:]
+        actual = told(text, torch.ones_like(text))
+        after_padding = told(padded, mask)[:, 2:]
     if not _equal(actual, expected):
         raise UnsupportedModelError(
             f"{type(base).__name__} does not read a prefix of real tokens as it reads the same tokens as text, so its "
@@ -58,8 +57,14 @@ def check_base(base: PreTrainedModel, injection: Injection) -> None:
     injection.counts_left_padding = not _equal(after_padding, expected)
 
 
+def _told(output: Any) -> torch.Tensor:
+    """What a model says about every token: its logits, or the last hidden states of one without a head."""
+    told: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return told
+
+
 def _equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits agree up to rounding; a wrong position or mask changes them by about as much as they vary."""
+    """Whether two results agree up to rounding; a wrong position or mask changes one by about as much as it varies."""
     tolerance = 1e-2 if expected.dtype == torch.float32 else 0.5
     spread = (expected.float() - expected.float().mean()).norm()
     return bool((actual.float() - expected.float()).norm() <= tolerance * spread)

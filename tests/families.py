@@ -35,7 +35,7 @@ class Family:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.08)
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None
             model.generation_config.pad_token_id = 0
         return model.to(dtype).eval()

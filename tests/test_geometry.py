@@ -105,13 +105,6 @@ def test_hybrid_models_are_refused() -> None:
         get_prefix_model(transformers.JambaForCausalLM(config))
 
 
-@pytest.mark.parametrize("head", ["LlamaModel", "LlamaForSequenceClassification"])
-def test_models_without_a_language_model_head_are_refused(head: str) -> None:
-    base = getattr(transformers, head)(transformers.LlamaConfig(**FAMILIES["llama"].kwargs))
-    with pytest.raises(UnsupportedModelError, match="has no language-model head"):
-        get_prefix_model(base)
-
-
 def test_something_else_than_a_model_is_refused() -> None:
     with pytest.raises(PrefixInputError, match="must be a transformers model"):
         get_prefix_model(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
