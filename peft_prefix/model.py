@@ -52,8 +52,7 @@ class PrefixModel(PreTrainedModel):
     `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
     those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
     are in `state_dict()`. They include each prefix's own weights for the modules in `PrefixConfig.modules_to_save`.
-    `train()` and `eval()` reach the base, too: its own dropout acts in training, as in
-    fine-tuning.
+    `train()` and `eval()` reach the base, too: its own dropout acts in training, as in fine-tuning.
 
     Attributes:
         base: The base model. Called directly, it runs without any prefix (not from inside `generate`, whose passes it
@@ -279,8 +278,9 @@ class PrefixModel(PreTrainedModel):
     def _enter(self, arguments: dict[str, Any]) -> Entered:
         """Arguments of the base with the prefix put in, and what must be closed after the forward pass."""
         entered, stack = self._joined(arguments)
-        stack.enter_context(self.prefixes.weights().in_place(self.base))
-        return entered, stack
+        with stack:  # closed here only if the next step fails
+            stack.enter_context(self.prefixes.weights().in_place(self.base))
+            return entered, stack.pop_all()
 
     def _leave(self, output: Any, arguments: dict[str, Any]) -> Any:
         """The base's output, after checking that it comes from all that was put in."""
