@@ -604,6 +604,18 @@ def _metadata(folder: Path) -> dict[str, str]:
     return {"peft_prefix": (folder / "prefix_config.json").read_text()}
 
 
+def test_a_file_that_names_no_modules_brings_none(tmp_path: Path) -> None:
+    base = classifier()
+    with_head(base, modules_to_save=[]).save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "prefix_config.json").read_text())
+    del description["modules_to_save"]
+    tensors = load_file(tmp_path / "prefix.safetensors")
+    save_file(tensors, tmp_path / "prefix.safetensors", metadata={"peft_prefix": json.dumps(description)})
+    loaded = PrefixModel.from_pretrained(base, tmp_path)
+    assert loaded.prefixes.configs["default"].modules_to_save == ()
+    assert trained(loaded) == {}
+
+
 def test_a_resized_head_is_noticed() -> None:
     base = classifier()
     model = with_head(base)
