@@ -417,22 +417,54 @@ def test_the_heads_dropout_follows_the_models_mode() -> None:
         assert not torch.equal(model(input_ids=text).logits, model(input_ids=text).logits)
 
 
+class Counting(AlignDevicesHook):
+    """accelerate's hook that moves inputs to a module's device, counting its calls."""
+
+    calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().pre_forward(module, *args, **kwargs)
+
+
 def test_hooks_on_the_module_go_on_working() -> None:
     base, text = classifier(), tokens(1, 5)
     with torch.no_grad():
         model = with_head(base)
         disturb(model)
         expected = model(input_ids=text).logits
-        add_hook_to_module(base.score, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-        calls: list[tuple[int, ...]] = []
-        base.score.register_forward_hook(lambda *hook: calls.append(tuple(hook[2].shape)))
+        hook = Counting(execution_device="cpu", io_same_device=True)
+        add_hook_to_module(base.score, hook)
+        shapes: list[tuple[int, ...]] = []
+        base.score.register_forward_hook(lambda *called: shapes.append(tuple(called[2].shape)))
         assert torch.equal(model(input_ids=text).logits, expected)
-        assert calls == [(1, 5, LABELS)]
+        assert shapes == [(1, 5, LABELS)]
+        assert hook.calls == 1
         hooked = with_head(base)
         disturb(hooked)
         assert torch.equal(hooked(input_ids=text).logits, expected)
         copied = copy.deepcopy(hooked)
         assert torch.equal(copied(input_ids=text).logits, expected)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_pass_that_ends_leaves_those_that_still_run_alone(hooked: bool) -> None:
+    base, states = classifier(), torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    if hooked:
+        add_hook_to_module(base.score, AlignDevicesHook(execution_device="cpu"))
+    models = [with_head(base), with_head(base)]
+    for seed, model in enumerate(models):
+        disturb(model, seed)
+    expected = [states @ trained(model)["score.weight"].T for model in models]
+    set_before = set(vars(base.score))
+    with torch.no_grad():
+        own = base.score(states)
+        with models[0].prefixes.weights().in_place(base):
+            with models[1].prefixes.weights().in_place(base):
+                assert_equal_answers(base.score(states), expected[1])
+            assert_equal_answers(base.score(states), expected[0])
+        assert torch.equal(base.score(states), own)
+    assert set(vars(base.score)) == set_before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -527,6 +559,12 @@ def test_a_module_that_the_base_does_not_call_is_noticed() -> None:
     with pytest.raises(PrefixNotConsumedError, match="ran without calling unused"):
         model.generate(tokens(1, 4), max_new_tokens=2)
     assert "forward" not in vars(base.unused)
+    with_another_part = classifier()
+    with_another_part.unused = nn.Linear(2, 2)
+    model = with_head(with_another_part)
+    assert model.prefixes.configs["default"].modules_to_save == ("score", "unused")
+    with pytest.raises(PrefixNotConsumedError, match="ran without calling unused"):
+        model(input_ids=tokens(1, 4))
 
 
 def test_encoder_models_are_still_refused() -> None:
