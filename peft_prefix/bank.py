@@ -15,6 +15,7 @@ from .config import PrefixConfig
 from .errors import PrefixConfigError
 from .geometry import Geometry
 from .learning_rate import LearningRateWatch
+from .modules_to_save import MODULES, ModuleWeights
 from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
 
 
@@ -41,18 +42,30 @@ class PrefixBank(nn.ModuleDict):
         config: PrefixConfig,
         tensors: PrefixTensors,
         device: torch.device,
+        weights: ModuleWeights,
         is_trainable: bool = True,
     ) -> None:
-        """Add a prefix that starts from the given keys and values; one that is not trained needs no network."""
+        """Add a prefix that starts from the given keys and values; one that is not trained needs no network.
+
+        Args:
+            name: A name that is not taken.
+            config: What it looks like.
+            tensors: Its keys and values by name.
+            device: Where the keys and values go.
+            weights: Its weights for modules of the base.
+            is_trainable: Whether it is trained.
+        """
         self.check_new(name)
         geometry = self.geometry.only(config.sites or self.geometry.sites)
         module = build_parameterization(geometry, config) if is_trainable else DirectPrefix(geometry, config)
         module.start_from(tensors)
-        self[name] = module.to(device).train(self.training).requires_grad_(is_trainable)
-        self.configs[name] = config
+        module.to(device)
         if is_trainable and isinstance(module, DirectPrefix):
-            watch = LearningRateWatch(module.parameters())
+            watch = LearningRateWatch(module.parameters())  # of the prefix alone
             weakref.finalize(module, watch.stop)
+        module.add_module(MODULES, weights)
+        self[name] = module.train(self.training).requires_grad_(is_trainable)
+        self.configs[name] = config
 
     def in_use(self) -> tuple[str, PrefixConfig, DirectPrefix | MLPPrefix]:
         """Name, configuration and parameterization of the active prefix.
@@ -65,6 +78,12 @@ class PrefixBank(nn.ModuleDict):
         module = self[self.active]
         assert isinstance(module, (DirectPrefix, MLPPrefix))
         return self.active, self.configs[self.active], module
+
+    def weights(self) -> ModuleWeights:
+        """The active prefix's weights for modules of the base."""
+        weights = self.in_use()[2].get_submodule(MODULES)
+        assert isinstance(weights, ModuleWeights)
+        return weights
 
     def states(self) -> Callable[[int], SiteStates]:
         """The active prefix for one call of the base.

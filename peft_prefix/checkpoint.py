@@ -1,8 +1,8 @@
 """The file format of a prefix: `prefix.safetensors`, with a readable copy of its metadata in `prefix_config.json`.
 
 The tensor file is complete by itself and is what loading reads: plain keys and values, one tensor per site, layer and
-role, with the whole description in its metadata. It is written aside and renamed, so a crash leaves the old file or the
-new one.
+role, the weights of modules that were trained with them, and the whole description in its metadata. It is written aside
+and renamed, so a crash leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from .config import PrefixConfig
 from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, some_of
 from .geometry import Geometry
+from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
 from .version import __version__
 
@@ -104,7 +105,7 @@ def write_prefix(
 
     Args:
         directory: Folder for the two files; made if it is missing.
-        tensors: Plain keys and values by name.
+        tensors: Plain keys and values by name, and the weights of the modules that are saved with them.
         config: Configuration of the prefix.
         geometry: Geometry of its base model.
         weights_fingerprint: Fingerprint of its base model's weights, if there is one.
@@ -186,14 +187,28 @@ def read_description(file: Path) -> PrefixDescription:
     return description
 
 
-def read_tensors(file: Path, description: PrefixDescription, geometry: Geometry, base_name: str) -> PrefixTensors:
-    """The keys and values of a tensor file, checked against the base before and against their hash after reading.
+def read_tensors(
+    file: Path,
+    description: PrefixDescription,
+    geometry: Geometry,
+    base_name: str,
+    modules: Mapping[str, torch.Tensor] | None = None,
+) -> PrefixTensors:
+    """The tensors of a file, checked against the base before and against their hash after reading.
+
+    Args:
+        file: The tensor file.
+        description: What it says about itself.
+        geometry: Geometry of the base model.
+        base_name: What to call the base model in errors.
+        modules: Tensors with the names and shapes of the weights that belong to modules of the base.
 
     Raises:
-        IncompatibleBaseError: The base model has other layers, heads or widths.
+        IncompatibleBaseError: The base model has other layers, heads or widths, or a head of another shape.
         PrefixFileError: The file is damaged, its content does not match its hash, or a number is not finite.
     """
-    expected = geometry.tensor_shapes(description.config.num_virtual_tokens)
+    expected: dict[str, tuple[int, ...]] = {**geometry.tensor_shapes(description.config.num_virtual_tokens)}
+    expected |= {name: tuple(tensor.shape) for name, tensor in (modules or {}).items()}
     try:
         with safe_open(file, framework="pt") as content:
             found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
@@ -208,14 +223,22 @@ def read_tensors(file: Path, description: PrefixDescription, geometry: Geometry,
     return tensors
 
 
-def weights_fingerprint(base: PreTrainedModel) -> str | None:
+def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> str | None:
     """A short sample of the base's weights, enough to tell two models of the same shape apart.
 
     Four numbers of each of up to 64 weight matrices, spread over the model, with their dtype and a hash of the
     matrices' names. `None` where weights cannot be read: not materialized, sharded over processes, or quantized.
+
+    Args:
+        base: The base model.
+        without: Names of modules to leave out: a prefix brings its own weights for them, and a fresh head is another
+            one each time.
     """
+    left_out = tuple(f"{name}." for name in without)
     matrices = sorted(
-        (name, weight) for name, weight in base.named_parameters() if weight.dim() >= 2 and weight.is_floating_point()
+        (name, weight)
+        for name, weight in base.named_parameters()
+        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out)
     )
     quantized = getattr(base, "hf_quantizer", None) is not None
     if quantized or not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
@@ -288,6 +311,11 @@ def _mismatch(
         if found.get(name) != expected.get(name):
             difference = f"{name} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
             break
+    if name.startswith(MODULES):
+        return (
+            f"{file} was trained on {trained_on} with another head than {base_name} has: {difference}. Load the base "
+            "as it was loaded for training: with the same class and, for a classifier, the same num_labels=..."
+        )
     return (
         f"{file} was trained on {trained_on} and does not fit {base_name}: {difference}. Load it onto the model that "
         "it was trained on."

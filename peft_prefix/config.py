@@ -39,6 +39,9 @@ class PrefixConfig:
         sliding_window: What happens to the prefix in decoder layers with a sliding window. `"pinned"` keeps it visible
             to every token, however far away, which is what prefix-tuning means; `"plain"` lets virtual tokens leave
             the window as real ones do, for prefixes that were trained so.
+        modules_to_save: Modules of the base that are trained and saved with the prefix, by their full names or the ends
+            of them (`"score"`). `None` finds the head of a model that is no language model; `()` trains the prefix
+            alone.
         base_model_name_or_path: Name of the base model; filled in from the base when left out.
         base_model_revision: Revision of the base model on the Hub; filled in from the base when it is known.
 
@@ -60,6 +63,7 @@ class PrefixConfig:
     dropout: float = 0.0
     sites: tuple[Site, ...] | None = None
     sliding_window: Sliding = "pinned"
+    modules_to_save: tuple[str, ...] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
@@ -83,6 +87,7 @@ class PrefixConfig:
         _require_choice("sliding_window", self.sliding_window, get_args(Sliding))
         if self.sites is not None:
             object.__setattr__(self, "sites", _validated_sites(self.sites))
+        object.__setattr__(self, "modules_to_save", _validated_modules(self.modules_to_save))
         for name in ("init_text", "base_model_name_or_path", "base_model_revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -94,7 +99,8 @@ class PrefixConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {**dataclasses.asdict(self), "sites": None if self.sites is None else list(self.sites)}
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PrefixConfig:
@@ -141,4 +147,13 @@ def _validated_sites(sites: object) -> tuple[Site, ...]:
     chosen = tuple(sites)
     if not chosen or len(set(chosen)) != len(chosen) or any(site not in known for site in chosen):
         raise PrefixConfigError(f"sites must name each of {list(known)} at most once and one at least, not {sites!r}.")
+    return chosen
+
+
+def _validated_modules(modules: object) -> tuple[str, ...] | None:
+    if modules is None:
+        return None
+    chosen = None if isinstance(modules, str) or not isinstance(modules, Iterable) else tuple(modules)
+    if chosen is None or not all(isinstance(name, str) and name for name in chosen):
+        raise PrefixConfigError(f'modules_to_save must be a list of module names, e.g. ["score"], not {modules!r}.')
     return chosen

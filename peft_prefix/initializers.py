@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .backbone import backbone_of
 from .config import Init, PrefixConfig
 from .errors import PrefixConfigError, PrefixInputError, PrefixWarning
 from .example_inputs import example_inputs, ordinary_ids, ordinary_tokens, source_inputs
@@ -144,12 +145,13 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
 
     Text that the model finds likely leaves its behaviour nearly as it is, which random words do not (figures in
     docs/results.md), and it takes nothing but the base. An encoder reads random words, and the decoder writes about
-    them. A model without a language-model head writes nothing; there all words are random.
+    them. A model without a language-model head writes with its word embeddings if its config ties the two; otherwise
+    the words are random.
     """
     base, p = inputs.base, inputs.config.num_virtual_tokens
     generator = torch.Generator().manual_seed(inputs.config.init_seed)
     ordinary = ordinary_tokens(base)
-    if not base.can_generate():
+    if not base.can_generate() and (inputs.structure.encoder is not None or not base.config.tie_word_embeddings):
         words = torch.multinomial(ordinary, p, replacement=True, generator=generator)
         return activations(base, inputs.structure, inputs.geometry, words)
     with evaluation_mode(base), torch.no_grad(), recording(inputs.structure) as run:
@@ -163,10 +165,22 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
             source = {"encoder_outputs": inputs.structure.encoder(**read)}
         for _ in range(p):
             tokens = {ids: word[None].to(base.device)}
-            output = base(**source, **tokens, past_key_values=run.cache)
-            logits = output.logits[0, -1, : len(ordinary)].float().cpu()
+            output = backbone_of(base)(**source, **tokens, past_key_values=run.cache)
+            logits = _next_word(base, output)[: len(ordinary)].float().cpu()
             word = torch.multinomial((logits + ordinary.log()).softmax(dim=-1), 1, generator=generator)
     return _one_row(run.states, inputs.geometry, p)
+
+
+def _next_word(base: PreTrainedModel, output: Any) -> torch.Tensor:
+    """Logits of the next word, `(vocabulary,)`, as well as the model can tell them."""
+    if "logits" in output:
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+    last: torch.Tensor = output.last_hidden_state[0, -1]
+    embeddings = cast("torch.Tensor", base.get_input_embeddings().weight)
+    if last.shape[0] == embeddings.shape[1]:
+        return torch.mv(embeddings, last.to(embeddings))
+    return last.new_zeros(len(embeddings))
 
 
 def _text(inputs: InitInputs) -> PrefixTensors:

@@ -22,6 +22,7 @@ from .bank import PrefixBank
 from .call import PrefixCall
 from .config import PrefixConfig
 from .errors import (
+    IncompatibleBaseError,
     PrefixConfigError,
     PrefixError,
     PrefixFileError,
@@ -35,6 +36,7 @@ from .geometry import Geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
 from .injection import Injection
+from .modules_to_save import ModuleWeights, base_weights, require_called, resolved_modules
 from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
@@ -51,8 +53,8 @@ class PrefixModel(PreTrainedModel):
     It takes the arguments of the base model, gives the outputs of the base model, and to the rest of transformers (the
     `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
     those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
-    are in `state_dict()`. `train()` and `eval()` reach the base, too: its own dropout acts in training, as in
-    fine-tuning.
+    are in `state_dict()`. They include each prefix's own weights for the modules in `PrefixConfig.modules_to_save`.
+    `train()` and `eval()` reach the base, too: its own dropout acts in training, as in fine-tuning.
 
     Attributes:
         base: The base model. Called directly, it runs without any prefix (not from inside `generate`, whose passes it
@@ -76,7 +78,7 @@ class PrefixModel(PreTrainedModel):
         """Freeze the base and find its geometry.
 
         Args:
-            base: Any causal language model of transformers.
+            base: Any causal or encoder-decoder model of transformers, whatever its head.
 
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
@@ -122,8 +124,9 @@ class PrefixModel(PreTrainedModel):
                 f"{config.num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} "
                 "positions."
             )
+        weights = ModuleWeights(self.base, config.modules_to_save or ())
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
-        self.prefixes.install(name, config, tensors, self.base.device)
+        self.prefixes.install(name, config, tensors, self.base.device, weights)
         self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
@@ -148,7 +151,7 @@ class PrefixModel(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> None:
-        """Fill the active prefix anew, from a text, from token ids or from a cache.
+        """Fill the active prefix anew, from a text, from token ids or from a cache; `modules_to_save` stay as they are.
 
         Args:
             text: A text; needs `tokenizer`. It is cut or repeated to the prefix's length.
@@ -171,17 +174,22 @@ class PrefixModel(PreTrainedModel):
         self._fillings += 1
 
     def prefix_state_dict(self) -> PrefixTensors:
-        """The active prefix's plain keys `(H, p, Dk)` and values `(H, p, Dv)`, detached, named as they are saved."""
+        """What a file of the active prefix contains, detached and named as there.
+
+        Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
+        names begin with `modules_to_save.`.
+        """
         _, _, parameterization = self.prefixes.in_use()
         with torch.no_grad():
-            return {key: tensor.detach().clone() for key, tensor in parameterization().items()}
+            tensors = {**parameterization(), **self.prefixes.weights().saved()}
+            return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
         """Inside this context the model is exactly its base."""
         before, self._disabled = self._disabled, True
         try:
-            with outside_of_calls():
+            with outside_of_calls(), base_weights():
                 yield
         finally:
             self._disabled = before
@@ -197,18 +205,18 @@ class PrefixModel(PreTrainedModel):
                 has no columns for the prefix, `position_ids` start at 0, `past_key_values` holds real tokens only.
 
         Returns:
-            The base model's output. `loss` and `logits` `(batch, new, vocabulary)` are about real tokens; its
-            `past_key_values` can be passed back in for the next tokens.
+            The base model's output. `loss` and `logits` (`(batch, new, vocabulary)` of a language model) are about real
+            tokens; its `past_key_values` can be passed back in for the next tokens.
 
         Raises:
             PrefixInputError: An argument does not fit or is not understood.
-            PrefixNotConsumedError: The base did not read the prefix.
+            PrefixNotConsumedError: The base did not read the prefix, or has not called a module in `modules_to_save`.
         """
         arguments = self._injection.understood(args, kwargs)
         if self._disabled:
             _require_no_prefix(arguments)
             return self.base(**arguments)
-        with self._injection.injected(self._call(arguments), arguments):
+        with self._acting(arguments):
             return self.base(**arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,10 +225,15 @@ class PrefixModel(PreTrainedModel):
         The prefix counts neither as prompt nor as generated text: `max_new_tokens`, `max_length`, stopping criteria
         and returned sequences are about real tokens.
         """
+        if not self.can_generate():
+            raise PrefixInputError(
+                f"{type(self.base).__name__} has no language model's head and cannot generate. Load the base with "
+                "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
+            )
         if self._disabled:
             _require_no_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
-        with self._injection.injected(self._call({}), kwargs):
+        with self._acting(kwargs, padding_mask=False):
             return self._base_generate(*args, **kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,6 +258,14 @@ class PrefixModel(PreTrainedModel):
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
+
+    @contextmanager
+    def _acting(self, arguments: Mapping[str, Any], padding_mask: bool = True) -> Iterator[None]:
+        """While this is open, the base runs with the active prefix and its modules."""
+        call = self._call(arguments if padding_mask else {})
+        with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments):
+            yield
+            require_called()
 
     def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
         """The active prefix, for one call of the base."""
@@ -314,7 +335,7 @@ class PrefixModel(PreTrainedModel):
             self.prefix_state_dict(),
             config,
             self.geometry.only(config.sites or ()),
-            checkpoint.weights_fingerprint(self.base),
+            checkpoint.weights_fingerprint(self.base, without=config.modules_to_save or ()),
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
@@ -404,9 +425,14 @@ class PrefixModel(PreTrainedModel):
             local_files_only=local_files_only,
         )
         description = checkpoint.read_description(file)
-        geometry = self.geometry.only(description.config.sites or self.geometry.sites)
-        tensors = checkpoint.read_tensors(file, description, geometry, _name_of(self.base))
-        if not checkpoint.same_weights(description.weights_fingerprint, checkpoint.weights_fingerprint(self.base)):
+        # A file says what it holds; one without this entry holds keys and values alone.
+        config = description.config.replace(modules_to_save=description.config.modules_to_save or ())
+        weights = self._weights_for(config, file)
+        geometry = self.geometry.only(config.sites or self.geometry.sites)
+        tensors = checkpoint.read_tensors(file, description, geometry, _name_of(self.base), weights.saved())
+        weights.load(tensors)
+        own = checkpoint.weights_fingerprint(self.base, without=weights.module_names)
+        if not checkpoint.same_weights(description.weights_fingerprint, own):
             trained_on = description.config.base_model_name_or_path or "an unnamed model"
             warnings.warn(
                 f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with "
@@ -414,7 +440,7 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self.prefixes.install(name, description.config, tensors, self.base.device, is_trainable)
+        self.prefixes.install(name, config, tensors, self.base.device, weights, is_trainable)
         self.prefixes.active = self.prefixes.active or name
 
     def state_dict(  # type: ignore[override]
@@ -497,6 +523,16 @@ class PrefixModel(PreTrainedModel):
 
     # ------------------------------------------------------------------ inside
 
+    def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
+        names = config.modules_to_save or ()
+        missing = set(names) - {name for name, _ in self.base.named_modules()}
+        if missing:
+            raise IncompatibleBaseError(
+                f"{file} was trained together with {some_of(sorted(missing))}, which {_name_of(self.base)} does not "
+                "have. Load the base with the class that it was trained with, e.g. AutoModelForSequenceClassification."
+            )
+        return ModuleWeights(self.base, names)
+
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
         """The configuration with what is known about the base.
 
@@ -516,6 +552,7 @@ class PrefixModel(PreTrainedModel):
                 'padding as text. Use "pinned".'
             )
         return config.replace(
+            modules_to_save=resolved_modules(self.base, config.modules_to_save),
             sites=tuple(site for site in sites if config.sites is None or site in config.sites),
             base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
             base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
@@ -533,7 +570,8 @@ def get_prefix_model(
     """Freeze a model and put a trainable prefix before it.
 
     Args:
-        base: Any causal language model of transformers.
+        base: Any causal or encoder-decoder model of transformers. A head that is no language model's (a classifier,
+            for example) is trained with the prefix.
         config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
         tokenizer: Reads `config.init_text` for `init="text"`.
         input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.

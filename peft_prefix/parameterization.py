@@ -50,7 +50,8 @@ class DirectPrefix(nn.Module):
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
         super().__init__()
         p = config.num_virtual_tokens
-        for site in geometry.sites:
+        self.sites = tuple(geometry.sites)
+        for site in self.sites:
             layers = nn.ModuleDict()
             for owner, index, shape in geometry.layers():
                 if owner == site:
@@ -60,12 +61,13 @@ class DirectPrefix(nn.Module):
 
     def forward(self) -> PrefixTensors:
         """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
-        return dict(self.named_parameters())
+        sites = ((site, self.get_submodule(site)) for site in self.sites)
+        return {name: tensor for site, module in sites for name, tensor in module.named_parameters(prefix=site)}
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Copy the given keys and values into the parameters."""
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
+            for name, parameter in self().items():
                 parameter.copy_(tensors[name])
 
 
@@ -84,16 +86,18 @@ class MLPPrefix(nn.Module):
 
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
         super().__init__()
-        for number, site in enumerate(geometry.sites):
+        self.sites = tuple(geometry.sites)
+        for number, site in enumerate(self.sites):
             self.add_module(site, _SiteMLP(geometry.only([site]), config, config.init_seed + number))
 
     def forward(self) -> PrefixTensors:
         """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
-        return {name: tensor for network in self.children() for name, tensor in network().items()}
+        return {name: tensor for site in self.sites for name, tensor in self.get_submodule(site)().items()}
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Move the anchors to the given keys and values and set the output layers back to zero."""
-        for network in self.children():
+        for site in self.sites:
+            network = self.get_submodule(site)
             assert isinstance(network, _SiteMLP)
             network.start_from(tensors)
 

@@ -13,13 +13,14 @@ from transformers.cache_utils import DynamicLayer
 
 from .arguments import new_tokens_of
 from .attention import supply
+from .backbone import backbone_of
 from .cache import KeyValue, PrefixedLayer
 from .cache_encoder_decoder import SuppliedCache
 from .config import Site
 from .errors import UnsupportedModelError
 from .geometry import Geometry, LayerGeometry
 from .passes import Entered, Intervention, intervening
-from .structure import Structure, backbone_of, evaluation_mode, give_cache
+from .structure import Structure, evaluation_mode, give_cache
 from .written_out import WrittenOut
 
 States = dict[str, list[KeyValue | None]]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .backbone import backbone_of
 from .cache import KeyValue
 from .call import PrefixCall
 from .errors import PrefixWarning, UnsupportedModelError
@@ -22,7 +23,7 @@ from .geometry import Geometry
 from .injection import Injection
 from .passes import intervening
 from .recording import record, recording
-from .structure import backbone_of, evaluation_mode, give_cache
+from .structure import evaluation_mode, give_cache
 
 _P = 2
 """Virtual tokens of the tried prefix."""

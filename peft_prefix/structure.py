@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from .attention import AttentionModule, supply
+from .backbone import backbone_of
 from .cache import PrefixedLayer
 from .cache_encoder_decoder import SuppliedCache
 from .errors import UnsupportedModelError
@@ -101,12 +102,6 @@ def find_structure(base: PreTrainedModel) -> Structure:
             if (found := AttentionModule.of(module)) is not None
         ),
     )
-
-
-def backbone_of(base: PreTrainedModel) -> PreTrainedModel:
-    """The base, or what is behind its head where that is no language-model head and asks for more than any tokens."""
-    backbone = getattr(base, base.base_model_prefix, base)
-    return base if base.can_generate() or not isinstance(backbone, PreTrainedModel) else backbone
 
 
 def give_cache(model: nn.Module, cache: Cache) -> Intervention:

@@ -47,7 +47,9 @@ def test_unknown_fields_are_named_with_the_nearest_known_one() -> None:
 
 def test_a_config_survives_json() -> None:
     config = PrefixConfig(num_virtual_tokens=7, init="text", init_text="Hello", dropout=0.1, reparameterization="mlp")
-    assert PrefixConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for modules in (None, (), ("score", "model.norm")):
+        config = config.replace(modules_to_save=modules)
+        assert PrefixConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_replace_validates_again() -> None:
