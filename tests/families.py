@@ -7,7 +7,17 @@ from families_hybrid import HYBRIDS
 from families_multimodal import MULTIMODAL
 from family import COMMON, LLAMA, VOCAB, WINDOW, Family, supported_attention
 
-__all__ = ["CAUSAL", "DECODERS", "ENCODER_DECODERS", "FAMILIES", "VOCAB", "WINDOW", "Family", "supported_attention"]
+__all__ = [
+    "CAUSAL",
+    "DECODERS",
+    "ENCODER_DECODERS",
+    "FAMILIES",
+    "MULTIMODAL",
+    "VOCAB",
+    "WINDOW",
+    "Family",
+    "supported_attention",
+]
 
 EVEN = dict(LLAMA, num_hidden_layers=2)
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
