@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,10 @@ _ABOUT_SUBMODULES = (
     "_auto_class",
 )
 """Settings of a model's class that name its own submodules, which the wrapper does not have."""
+
+
+_ASKED_OF_THE_BASE = ("prepare_decoder_input_ids_from_labels",)
+"""Methods that collators look for on a model, because only the model knows the answer."""
 
 
 @cache
@@ -54,7 +59,19 @@ def specialized(wrapper: type[Wrapper], base_class: type[PreTrainedModel]) -> ty
         "forward": forward,
         "can_generate": classmethod(lambda _: base_class.can_generate()),
     }
+    for name in _ASKED_OF_THE_BASE:
+        if hasattr(base_class, name):
+            namespace[name] = _delegated(name)
     return cast("type[Wrapper]", type(base_class.__name__, (wrapper,), namespace))
+
+
+def _delegated(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.base, name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = "As the base's."
+    return method
 
 
 def _is_setting(value: object) -> bool:

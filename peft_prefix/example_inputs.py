@@ -34,7 +34,7 @@ def source_inputs(base: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, A
     Args:
         base: An encoder-decoder model.
         input_ids: Tokens to read, `(batch, tokens)`. An encoder of speech gets noise instead, `(batch, mel bins,
-            frames)`, of the one length that it takes.
+            frames)`, of the one length that it takes and other noise for other tokens.
 
     Raises:
         UnsupportedModelError: The encoder reads something else.
@@ -44,7 +44,7 @@ def source_inputs(base: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, A
     config: Any = base.config
     if base.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * config.max_source_positions  # the second convolution of the encoder halves them
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(int(input_ids.sum()))
         noise = torch.randn(input_ids.shape[0], config.num_mel_bins, frames, generator=generator)
         return {"input_features": noise.to(base.device, base.dtype)}
     raise UnsupportedModelError(

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
-from families import FAMILIES
+from families import ENCODER_DECODERS, FAMILIES, MULTIMODAL
 
-_Cells = dict[tuple[str, str], list[str]]
+_Outcome = tuple[str, str]
+"""Outcome of one test, and the reason if it was skipped."""
 _MARK = "<!-- written by the tests: family × check -->"
-_SYMBOL = {"passed": "ok", "skipped": "–", "failed": "FAIL"}
+_NO_ENCODER = "has no encoder"
+_NOT_TESTED = {
+    "cross": _NO_ENCODER,
+    "encoder": _NO_ENCODER,
+    "encoder_outputs": _NO_ENCODER,
+    "image": "reads no images",
+    "plain windows": "has no sliding window",
+    "several turns": "the base's own generate reads a text again that a given cache holds already",
+}
+"""Why a family has no test of a check at all."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,22 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "conformance(check): the test fills the cell family × check of the table")
-    config.stash[_CELLS] = defaultdict(list)
+    config.stash[_TABLE] = Table()
 
 
-_CELLS = pytest.StashKey[_Cells]()
+class Table:
+    """What the tests found, and how it reads."""
 
-
-@pytest.fixture(autouse=True)
-def _conformance_cell(request: pytest.FixtureRequest, record_property: pytest.FixtureRequest) -> None:
-    mark = request.node.get_closest_marker("conformance")
-    if mark is not None:
-        record_property("conformance", f"{request.node.callspec.params['family']}|{mark.args[0]}")
-
-
-class _Collector:
-    def __init__(self, cells: _Cells) -> None:
-        self.cells = cells
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, str], list[_Outcome]] = defaultdict(list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -42,36 +45,86 @@ class _Collector:
         for name, value in report.user_properties:
             if name == "conformance":
                 family, check = str(value).split("|")
-                self.cells[family, check].append(report.outcome)
+                self.cells[family, check].append((report.outcome, _reason(report.longrepr)))
+
+    @property
+    def checks(self) -> list[str]:
+        return sorted({check for _, check in self.cells})
+
+    @property
+    def families(self) -> list[str]:
+        return [family for family in FAMILIES if any((family, check) in self.cells for check in self.checks)]
+
+    def cell(self, family: str, check: str) -> _Outcome:
+        """`ok`, `FAIL` or `–` with the reason."""
+        outcomes = self.cells.get((family, check), [])
+        for outcome, symbol in (("failed", "FAIL"), ("passed", "ok")):
+            if any(found == outcome for found, _ in outcomes):
+                return symbol, ""
+        return "–", outcomes[0][1] if outcomes else _why_not_tested(family, check)
+
+    def lines(self) -> list[str]:
+        """The table as plain text."""
+        width = max(map(len, self.families))
+        rows = [" " * width + "  " + "  ".join(self.checks)]
+        for family in self.families:
+            cells = "  ".join(self.cell(family, check)[0].ljust(len(check)) for check in self.checks)
+            rows.append(f"{family.ljust(width)}  {cells}")
+        return rows
+
+    def markdown(self) -> str:
+        """The table in Markdown, with the reasons as numbered notes below."""
+        notes: dict[str, int] = {}
+        rows = ["| family | " + " | ".join(self.checks) + " |", "| --- |" + " :-: |" * len(self.checks)]
+        for family in self.families:
+            cells = []
+            for check in self.checks:
+                symbol, reason = self.cell(family, check)
+                if symbol == "–":
+                    symbol += f"<sup>{notes.setdefault(reason, len(notes) + 1)}</sup>"
+                cells.append(symbol)
+            rows.append(f"| {family} | " + " | ".join(cells) + " |")
+        reasons = [f"{number}. {reason}" for reason, number in notes.items()]
+        return "\n".join([*rows, "", "Why a check does not apply:", "", *reasons]) + "\n"
+
+
+_TABLE = pytest.StashKey[Table]()
+
+
+@pytest.fixture(autouse=True)
+def _conformance_cell(request: pytest.FixtureRequest, record_property: Any) -> None:
+    mark = request.node.get_closest_marker("conformance")
+    if mark is not None:
+        record_property("conformance", f"{request.node.callspec.params['family']}|{mark.args[0]}")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.pluginmanager.register(_Collector(session.config.stash[_CELLS]))
+    session.config.pluginmanager.register(session.config.stash[_TABLE])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    cells = config.stash[_CELLS]
-    if not cells:
+    table = config.stash[_TABLE]
+    if not table.cells:
         return
-    checks = sorted({check for _, check in cells})
-    families = [family for family in FAMILIES if any((family, check) in cells for check in checks)]
     terminalreporter.section("conformance: family × check")
-    width = max(map(len, families))
-    terminalreporter.write_line(" " * width + "  " + "  ".join(checks))
-    for family in families:
-        row = "  ".join(_cell(cells, family, check).ljust(len(check)) for check in checks)
-        terminalreporter.write_line(f"{family.ljust(width)}  {row}")
+    for line in table.lines():
+        terminalreporter.write_line(line)
     page = config.getoption("--conformance-table")
     if page is not None:
-        lines = ["| family | " + " | ".join(checks) + " |", "| --- |" + " :-: |" * len(checks)]
-        lines += [f"| {f} | " + " | ".join(_cell(cells, f, c) for c in checks) + " |" for f in families]
         text = page.read_text(encoding="utf-8").split(_MARK)[0]
-        page.write_text(text + _MARK + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        page.write_text(f"{text}{_MARK}\n\n{table.markdown()}", encoding="utf-8")
 
 
-def _cell(cells: _Cells, family: str, check: str) -> str:
-    outcomes = cells.get((family, check), [])
-    for outcome in ("failed", "passed", "skipped"):
-        if outcome in outcomes:
-            return _SYMBOL[outcome]
-    return ""
+def _reason(longrepr: Any) -> str:
+    """Why a test was skipped: pytest gives file, line and "Skipped: reason"."""
+    return longrepr[2].removeprefix("Skipped: ") if isinstance(longrepr, tuple) else ""
+
+
+def _why_not_tested(family: str, check: str) -> str:
+    if check == "several turns" and family not in ENCODER_DECODERS:
+        return ""
+    if check == "image" and family in MULTIMODAL:
+        return ""
+    if check == "plain windows" and FAMILIES[family].sliding:
+        return "see test_plain_windows.py"
+    return _NOT_TESTED.get(check, "not run")

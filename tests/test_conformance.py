@@ -116,7 +116,7 @@ def test_cached_equals_uncached(family: str, attn: str, dtype: torch.dtype) -> N
     base = CAUSAL[family].build(attn, dtype)
     text, mask = tokens(2, LONG), torch.ones(2, LONG, dtype=torch.long)
     mask[0, :5] = 0
-    if not _continues_a_text(base, text):
+    if not _continues_a_text(CAUSAL[family].build(), text):
         pytest.skip("the base itself does not continue a text by several tokens at once")
     model = random_model(base)
     cache = DynamicCache(config=model.config)
@@ -139,7 +139,7 @@ def _continues_a_text(base: PreTrainedModel, text: torch.Tensor) -> bool:
     with torch.no_grad():
         cache = base(input_ids=text[:, :12], use_cache=True).past_key_values
         continued = base(input_ids=text[:, 12:], past_key_values=cache).logits
-        return (continued - base(input_ids=text).logits[:, 12:]).abs().max() < 10 * TOLERANCE[base.dtype]
+        return (continued - base(input_ids=text).logits[:, 12:]).abs().max() < 1e-3
 
 
 @pytest.mark.conformance("inputs")

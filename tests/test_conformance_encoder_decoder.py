@@ -20,6 +20,7 @@ from helpers import (
     TOLERANCE,
     assert_close,
     model_with_states,
+    pinned_masks,
     random_model,
     source_of,
     tokens,
@@ -59,6 +60,25 @@ def test_decoder_prefix_of_real_tokens_acts_like_those_tokens(family: str, attn:
     assert_close(actual, expected, dtype)
     assert_close(both[:1], expected, dtype)
     assert (actual - plain).abs().max() > 10 * (actual - expected).abs().max()
+
+
+@pytest.mark.conformance("windows")
+@every_precision
+@every_backend
+def test_decoder_prefix_stays_visible_beyond_the_window(family: str, attn: str, dtype: torch.dtype) -> None:
+    if not ENCODER_DECODERS[family].sliding:
+        pytest.skip("has no sliding window")
+    base = ENCODER_DECODERS[family].build(attn, dtype)
+    p, length, source = 3, 30, source_of(base, 1)
+    prefix, text = tokens(1, p, seed=2)[0], tokens(1, length)
+    states = record(base, find_structure(base), {**source, "decoder_input_ids": prefix[None]})
+    model = model_with_states(base, {"decoder": states["decoder"]}, p)
+    with torch.no_grad():
+        masks = pinned_masks(base, p, length)
+        ids = with_text(prefix, text)
+        expected = base(**source, decoder_input_ids=ids, decoder_attention_mask=masks).logits[:, p:]
+        actual = model(**source, decoder_input_ids=text).logits
+    assert_close(actual, expected, dtype)
 
 
 @pytest.mark.conformance("cross")
