@@ -174,6 +174,7 @@ DECODERS: dict[str, Family] = {
             "num_experts_per_tok": 1,
         },
         sliding=True,
+        since="5.23",
     ),
     "gemma3n_text": Family(
         "Gemma3nTextConfig",

@@ -95,7 +95,7 @@ ENCODER_DECODERS: dict[str, Family] = {
     ),
     "t5": Family("T5Config", "T5ForConditionalGeneration", T5, limit=None),
     "mt5": Family("MT5Config", "MT5ForConditionalGeneration", {**T5, "d_kv": 8}, limit=None),
-    "umt5": Family("UMT5Config", "UMT5ForConditionalGeneration", T5, limit=None),
+    "umt5": Family("UMT5Config", "UMT5ForConditionalGeneration", T5, limit=None, sdpa_since="5.23"),
     "longt5_local": Family(
         "LongT5Config",
         "LongT5ForConditionalGeneration",
@@ -141,6 +141,7 @@ ENCODER_DECODERS: dict[str, Family] = {
             dropout_rate=0.0,
         ),
         sliding=True,
+        sdpa_since="5.23",
     ),
     "prophetnet": Family(
         "ProphetNetConfig",

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CAUSAL, FAMILIES, supported_attention
-from helpers import assert_close, cache_of_tokens, tokens, with_text
+from families import CAUSAL, ENCODER_DECODERS, FAMILIES, supported_attention
+from helpers import assert_close, cache_of_tokens, model_with_states, source_of, tokens, with_text
 
 from peft_prefix import PrefixConfig, PrefixConfigError, PrefixModel, get_prefix_model
+from peft_prefix.recording import record
+from peft_prefix.structure import find_structure
 
 P, LENGTH = 4, 30
 WINDOWED = [
@@ -51,6 +53,22 @@ def test_it_generates_what_the_base_generates_after_the_same_tokens(family: str,
     expected = model.base.generate(with_text(prefix, text), **options)[:, P:]
     assert torch.equal(model.generate(text, **options), expected)
     assert torch.equal(model.generate(text, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.conformance("plain windows")
+@pytest.mark.parametrize("family", [name for name, family in ENCODER_DECODERS.items() if family.sliding])
+def test_a_decoders_prefix_of_real_tokens_acts_like_them_at_every_distance(family: str) -> None:
+    base = FAMILIES[family].build()
+    prefix, text, source = tokens(1, P, seed=2)[0], tokens(1, LENGTH), source_of(base, 1)
+    states = record(base, find_structure(base), {**source, "decoder_input_ids": prefix[None]})
+    model = model_with_states(base, {"decoder": states["decoder"]}, P, sliding_window="plain")
+    pinned = model_with_states(base, {"decoder": states["decoder"]}, P)
+    with torch.no_grad():
+        expected = base(**source, decoder_input_ids=with_text(prefix, text)).logits[:, P:]
+        actual = model(**source, decoder_input_ids=text).logits
+        other = pinned(**source, decoder_input_ids=text).logits
+    assert_close(actual, expected)
+    assert (other - expected).abs().max() > 1e-2
 
 
 def test_a_chunk_of_the_past_takes_the_prefix_with_it() -> None:
