@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import ENCODER_DECODERS, supported_attention
 from helpers import assert_close, model_with_states, random_model, source_of, tokens, with_text
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -136,6 +138,8 @@ def test_chunked_prefill_generates_the_same(family: str) -> None:
 @every_family
 def test_prompt_lookup_equals_greedy(family: str) -> None:
     base = ENCODER_DECODERS[family].build()
+    if Version(transformers.__version__) < Version("5.23") and hasattr(base.config, "num_decoder_layers"):
+        pytest.skip("the base itself crops a cache wrongly that is sized by its encoder")
     _compare_with_option(base, "does not support prompt lookup", dict(prompt_lookup_num_tokens=3), rows=1)
 
 
