@@ -18,6 +18,9 @@ def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:
     """
     given = [arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
     if len(given) != 1:
-        raise PrefixInputError("Pass either input_ids or inputs_embeds.")
+        raise PrefixInputError(
+            "Pass either input_ids or inputs_embeds (in an encoder-decoder model: decoder_input_ids, "
+            "decoder_inputs_embeds or labels)."
+        )
     tokens: torch.Tensor = given[0]
     return tokens

@@ -14,8 +14,10 @@ from transformers import Cache
 
 from .passes import Intervention
 
-_MASK_NAMES = ("encoder_attention_mask", "attention_mask", "mask")
-"""What attention modules call their mask; where there is the first, the second belongs to self-attention."""
+_MASK_NAMES = ("attention_mask", "mask")
+"""What attention modules call their mask."""
+_CROSS_MASK_NAMES = ("encoder_attention_mask", *_MASK_NAMES)
+"""The same in attention to an encoder; where there is the first, the second belongs to self-attention."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class AttentionModule:
     mask: str
 
     @classmethod
-    def of(cls, module: nn.Module) -> AttentionModule | None:
+    def of(cls, module: nn.Module, *, is_cross: bool = False) -> AttentionModule | None:
         """Read the module's forward signature; `None` if it has no mask, so that it is no attention layer."""
         names = tuple(inspect.signature(module.forward).parameters)
-        masks = [name for name in _MASK_NAMES if name in names]
+        masks = [name for name in (_CROSS_MASK_NAMES if is_cross else _MASK_NAMES) if name in names]
         return cls(module, names, masks[0]) if masks else None
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class DecoderInjection:
         self.signature = inspect.signature(self.decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
         self.counts_left_padding = False
+        self.first_position = 0
         self.needs_slots = False
         self.blank = DynamicCache(config=self.text_config).layers
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in self.blank)
@@ -99,6 +100,9 @@ class DecoderInjection:
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if isinstance(mask, torch.Tensor):
             self._check_mask(mask, new_tokens, past, seen)
+        if p and self.counts_left_padding:
+            self._check_left_padding(mask)
+            self._check_left_padding(padding_mask)
 
         if p and self.needs_slots and not seen:
             self._check_length(p, past, new_tokens, None)
@@ -106,8 +110,8 @@ class DecoderInjection:
             return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": True}
         order = None
         result = dict(arguments)
+        known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else padding_mask
         if self.takes_positions:
-            known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else padding_mask
             result["position_ids"] = self._positions(positions, known, new_tokens, seen, p)
         elif p and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             order = RowOrder(leading_padding(mask), p)
@@ -115,7 +119,8 @@ class DecoderInjection:
         if p:
             columns = PrefixColumns(p, order)
             if sliding == "plain" and self.has_windows:
-                columns = PrefixColumns(p, order, self._text_positions(result["position_ids"]), self.text_config)
+                places = self._places(positions, known, new_tokens, seen)
+                columns = PrefixColumns(p, order, places + p, self.text_config)
             result["attention_mask"] = self._mask(mask, columns, positions, new_tokens, past_self)
         result["past_key_values"] = self._prefixed(prefix, past, order)
         # Some decoders hand their layers no cache unless one is wanted.
@@ -166,7 +171,7 @@ class DecoderInjection:
         """The mask with the prefix's columns, made here where the model's own would hide the prefix."""
         kind = window_kind(self.text_config)
         is_prepared = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
-        text_positions = None if positions is None else self._text_positions(positions)
+        text_positions = self._text_positions(positions)
         packed = mask is None and past is None and text_positions is not None and _is_packed(text_positions)
         # Windows would hide the prefix, and recurrent layers take a mask of real tokens beside attention's with it.
         special = self.has_windows or packed or any(self.recurrent)
@@ -231,15 +236,37 @@ class DecoderInjection:
                 "EncoderDecoderCache(DynamicCache(), DynamicCache())" if self.is_encoder_decoder else "DynamicCache()"
             )
             raise PrefixInputError(
-                f"past_key_values must be what {start} makes, or another Cache of transformers, not "
-                f"{type(past).__name__}."
+                f"past_key_values must be a cache such as {start} makes, not {type(past).__name__}: "
+                + (
+                    "this model needs room for self-attention and cross-attention."
+                    if self.is_encoder_decoder
+                    else "give a Cache of transformers."
+                )
             )
         claim(past, owner)
         return past
 
-    def _text_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """Positions in the text, `(batch, new)`, also where a model counts place and time of images beside them."""
-        return positions if positions.dim() == 2 else positions[0]
+    def _text_positions(self, positions: torch.Tensor | None) -> torch.Tensor | None:
+        """Positions in the text, `(batch, new)`, if they are known.
+
+        Models that count place and time of images give three rows of positions, in which the text's own cannot be
+        told, or four, of which the first is the text's.
+        """
+        if positions is None or positions.dim() == 2:
+            return positions
+        return positions[0] if positions.shape[0] == 4 else None
+
+    def _places(
+        self, positions: torch.Tensor | None, mask: Any, new_tokens: torch.Tensor, seen: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Which real token of its row each new one is, counted from 0, `(1 or batch, new)`."""
+        length = new_tokens.shape[1]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            return positions_of_real_tokens(mask[:, : seen + length], length)
+        known = self._text_positions(positions)
+        if known is not None:
+            return known - self.first_position
+        return (torch.arange(length, device=new_tokens.device) + seen)[None, :]
 
     def _positions(
         self,
@@ -250,11 +277,7 @@ class DecoderInjection:
         p: int,
     ) -> torch.Tensor:
         if positions is None:
-            length = new_tokens.shape[1]
-            if mask is not None:
-                positions = positions_of_real_tokens(mask[:, : seen + length], length)
-            else:
-                positions = (torch.arange(length, device=new_tokens.device) + seen)[None, :]
+            positions = self._places(None, mask, new_tokens, seen)
         return positions + p
 
     def _check_mask(
@@ -264,11 +287,6 @@ class DecoderInjection:
             raise PrefixInputError(f"attention_mask must have 2 or 4 dimensions, not {mask.dim()}.")
         if mask.dim() == 4:
             return
-        if self.counts_left_padding and bool((mask[:, 0] == 0).any()):
-            raise PrefixInputError(
-                f"{self.name} counts padding on the left as text, so the results would depend on it. Pad "
-                "on the right, or give the rows one by one."
-            )
         if not isinstance(seen, int) or (past is not None and past.is_compileable):
             return  # a cache of fixed size may come with a mask of its whole capacity
         expected = (new_tokens.shape[0], seen + new_tokens.shape[1])
@@ -276,6 +294,13 @@ class DecoderInjection:
             raise PrefixInputError(
                 f"attention_mask has shape {tuple(mask.shape)} where {expected} is needed: one column for each real "
                 f"token, {seen} cached and {new_tokens.shape[1]} new. The prefix gets its columns by itself."
+            )
+
+    def _check_left_padding(self, mask: Any) -> None:
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any()):
+            raise PrefixInputError(
+                f"{self.name} counts padding on the left as text, so the results would depend on it. Pad on the right, "
+                "give the rows one by one, or give position_ids that count real tokens if the model takes them."
             )
 
     def _check_length(

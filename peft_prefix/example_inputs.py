@@ -48,8 +48,8 @@ def source_inputs(base: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, A
         noise = torch.randn(input_ids.shape[0], config.num_mel_bins, frames, generator=generator)
         return {"input_features": noise.to(base.device, base.dtype)}
     raise UnsupportedModelError(
-        f"The encoder of {type(base).__name__} reads {base.main_input_name}; prefixes are supported for encoders of "
-        "text and of speech features."
+        f"The encoder of {type(base).__name__} reads {base.main_input_name} in a form that is not known here; prefixes "
+        "are supported for encoders of text and for speech encoders like Whisper's."
     )
 
 
@@ -74,3 +74,20 @@ def ordinary_ids(base: PreTrainedModel, count: int) -> torch.Tensor:
     allowed = torch.nonzero(ordinary_tokens(base))[:, 0]
     chosen: torch.Tensor = allowed[torch.arange(1, count + 1) * len(allowed) // (count + 2)]
     return chosen.to(base.device)
+
+
+def loss_counts_items(base: PreTrainedModel) -> bool:
+    """Whether the loss depends on `num_items_in_batch`; `True` where that cannot be tried, as transformers assumes."""
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return True
+    ids = ordinary_ids(base, 3)[None]
+    inputs = {"input_ids": ids} if not base.config.is_encoder_decoder else source_inputs(base, ids)
+    try:
+        with torch.no_grad():
+            one, two = (
+                base(**inputs, labels=ids, num_items_in_batch=torch.tensor(count, device=ids.device)).loss
+                for count in (1, 2)
+            )
+    except (ValueError, RuntimeError, IndexError, TypeError):
+        return True
+    return bool((one - two).abs() > 0.1 * one.abs())

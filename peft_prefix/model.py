@@ -31,7 +31,7 @@ from .errors import (
     UnsupportedModelError,
     some_of,
 )
-from .example_inputs import example_inputs
+from .example_inputs import example_inputs, loss_counts_items
 from .geometry import Geometry
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
@@ -42,6 +42,7 @@ from .parameterization import PrefixTensors
 from .passes import outside_of_calls
 from .recording import geometry_of, record
 from .selftest import check_base
+from .stopping import PositionsUsedUp
 from .structure import find_structure
 
 DEFAULT_PREFIX = "default"
@@ -92,6 +93,18 @@ class PrefixModel(PreTrainedModel):
         self._injection = injection
         self._disabled = False
         self.train(base.training)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the base's class, since this one is made while the program runs."""
+        return _unspecialized, (type(self.base),), self.__dict__
+
+    def train(self, mode: bool = True) -> PrefixModel:
+        """Switch the modes of prefixes and base; running statistics of the base stay as they are."""
+        super().train(mode)
+        for module in self.base.modules() if mode else ():
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        return self
 
     # ------------------------------------------------------------------ prefixes
 
@@ -234,7 +247,7 @@ class PrefixModel(PreTrainedModel):
             _require_no_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
         with self._acting(kwargs, padding_mask=False):
-            return self._base_generate(*args, **kwargs)
+            return self._base_generate(*args, **self._stopping_in_time(kwargs))
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder of an encoder-decoder base, with the active prefix.
@@ -259,6 +272,15 @@ class PrefixModel(PreTrainedModel):
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
+    def _stopping_in_time(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` that end it when the base's positions are used up."""
+        limit, (_, config, _) = self._injection.decoder.position_limit, self.prefixes.in_use()
+        if limit is None or "decoder" not in (config.sites or ()):
+            return arguments
+        is_causal = self._injection.structure.encoder is None
+        criterion = PositionsUsedUp(limit, config.num_virtual_tokens, arguments if is_causal else {})
+        return {**arguments, "stopping_criteria": [*(arguments.get("stopping_criteria") or []), criterion]}
+
     @contextmanager
     def _acting(self, arguments: Mapping[str, Any], padding_mask: bool = True) -> Iterator[None]:
         """While this is open, the base runs with the active prefix and its modules."""
@@ -270,7 +292,9 @@ class PrefixModel(PreTrainedModel):
     def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
         """The active prefix, for one call of the base."""
         name, config, _ = self.prefixes.in_use()
-        mask = arguments.get("attention_mask") if self._injection.structure.encoder is None else None
+        # With positions of the user's own, padding is the user's business.
+        counts = self._injection.structure.encoder is None and arguments.get("position_ids") is None
+        mask = arguments.get("attention_mask") if counts else None
         return PrefixCall(
             states=self.prefixes.states(),
             length=config.num_virtual_tokens,
@@ -500,12 +524,17 @@ class PrefixModel(PreTrainedModel):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base's loss can be told the number of items in the whole batch (asked by the `Trainer`)."""
+        """Whether the base's loss counts items in the whole batch when it is told to (asked by the `Trainer`).
+
+        Many losses of encoder-decoder models take `num_items_in_batch` and ignore it, and then gradients that are
+        accumulated over several batches would be too large. So it is tried.
+        """
         declared = getattr(self.base, "accepts_loss_kwargs", None)
         if declared is not None:
             return bool(declared)
         parameters = inspect.signature(self.base.forward).parameters.values()
-        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        return takes_more and loss_counts_items(self.base)
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's input embeddings."""
@@ -605,6 +634,12 @@ def get_prefix_model(
     return model
 
 
+def _unspecialized(base_class: type[PreTrainedModel]) -> PrefixModel:
+    """An empty model of the class for this base; its content follows."""
+    architecture: type[PrefixModel] = specialized(PrefixModel, base_class)  # type: ignore[arg-type]  # as above
+    return architecture.__new__(architecture)
+
+
 def _require_base(base: object) -> None:
     if isinstance(base, PrefixModel):
         raise PrefixInputError("This model has prefixes already; use add_prefix or load_prefix for another one.")
@@ -617,18 +652,51 @@ def _require_base(base: object) -> None:
 
 def _examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
     """The base's geometry and a way into it, after trying both on a few tokens."""
+    before = _parts(base)
     try:
         structure = find_structure(base)
         geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
         injection = Injection(base, structure)
         geometry = check_base(base, injection, geometry)
+        _require_unchanged(base, before)
     except PrefixError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(base).__name__} could not be run with a prefix on a few tokens: {error!r}."
+            f"{type(base).__name__} could not be run with a prefix on a few tokens, so it cannot be used with one: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         ) from error
     return geometry, injection
+
+
+_Parts = list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any]]]
+"""Every module with its submodules and its plain settings."""
+
+
+def _parts(base: PreTrainedModel) -> _Parts:
+    return [
+        (module, dict(module._modules), {k: v for k, v in vars(module).items() if isinstance(v, (str, int, bool))})
+        for module in base.modules()
+    ]
+
+
+def _require_unchanged(base: PreTrainedModel, before: _Parts) -> None:
+    """Put back what a base has exchanged in itself, and refuse it.
+
+    Raises:
+        UnsupportedModelError: It has other modules than before.
+    """
+    changed = [module for module, parts, _ in before if module._modules != parts]
+    if not changed:
+        return
+    for module, parts, settings in before:
+        module._modules = parts
+        vars(module).update(settings)
+    raise UnsupportedModelError(
+        f"{type(base).__name__} exchanges parts of itself for short inputs (in {type(changed[0]).__name__}), which a "
+        "prefix cannot follow. Load it in the form that it has for short inputs, e.g. with "
+        "attention_type='original_full' in its config."
+    )
 
 
 def _require_no_prefix(arguments: Mapping[str, Any]) -> None:

@@ -27,6 +27,8 @@ from .structure import evaluation_mode, give_cache
 
 _P = 2
 """Virtual tokens of the tried prefix."""
+_PADDING = 8
+"""Padding tokens on the left that must not matter."""
 
 
 def check_base(base: PreTrainedModel, injection: Injection, geometry: Geometry) -> Geometry:
@@ -102,12 +104,15 @@ class _Trial:
             actual = self._hidden(arguments, decoder=states)
         self._require(_equal(actual, expected), "decoder")
 
-        padded = torch.cat([text[:, :1].expand(-1, 2), text], dim=1)
+        # A prefix of random numbers has more effect than real tokens, so that a wrong distance to it shows.
+        loud = [None if layer is None else (_noise(layer[0]), _noise(layer[1])) for layer in states]
+        alone = self._hidden(arguments, decoder=loud)
+        padded = torch.cat([text[:, :1].expand(-1, _PADDING), text], dim=1)
         mask = torch.ones_like(padded)
-        mask[:, :2] = 0
+        mask[:, :_PADDING] = 0
         arguments = {**source, f"{side}input_ids": padded, f"{side}attention_mask": mask}
-        after_padding = self._hidden(arguments, decoder=states)[:, 2:]
-        self.injection.decoder.counts_left_padding = not _equal(after_padding, actual)
+        after_padding = self._hidden(arguments, decoder=loud)[:, _PADDING:]
+        self.injection.decoder.counts_left_padding = not _equal(after_padding, alone, 1e-3)
 
     def cross(self) -> None:
         """The first two positions of an encoding as the prefix, the others as the encoding."""
@@ -140,8 +145,17 @@ class _Trial:
                 actual = encoder(input_ids=self.ids[:, rest])[0]
             if _equal(actual, expected[:, rest]):
                 self.injection.encoder.is_relative = relative
-                return True
+                return self._ignores_padding(encoder, call, self.ids[:, rest], actual)
         return False
+
+    def _ignores_padding(self, encoder: Any, call: PrefixCall, text: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether padding on the right changes nothing, so that the mask has the prefix's columns."""
+        padded = torch.cat([text, text[:, :_P]], dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, text.shape[1] :] = 0
+        with self.injection.encoding(call):
+            actual = encoder(input_ids=padded, attention_mask=mask)[0]
+        return _equal(actual[:, : text.shape[1]], expected)
 
     def _after_cache(self, states: Sequence[KeyValue | None], text: torch.Tensor) -> torch.Tensor:
         """The base behind a cache whose attention layers are filled and whose recurrent layers are not."""
@@ -164,11 +178,21 @@ class _Trial:
                 call = self._call(**states)
                 call.padding_mask = arguments.get("attention_mask")
                 stack.enter_context(self.injection.injected(call, arguments))
+            if not states:
+                first = self.structure.decoder.register_forward_pre_hook(self._note_first_position, with_kwargs=True)
+                stack.callback(first.remove)
             # Registered last, so that it sees what the decoder's caller sees.
             hook = self.structure.decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
             stack.callback(hook.remove)
             self.base(**arguments)
         return found[-1]
+
+    def _note_first_position(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Some models begin to count at 1; without a prefix and a cache the first token shows it."""
+        positions = self.injection.decoder.named(args, kwargs).get("position_ids")
+        is_first = self.injection.decoder.named(args, kwargs).get("past_key_values") is None
+        if is_first and isinstance(positions, torch.Tensor) and positions.dim() == 2:
+            self.injection.decoder.first_position = int(positions[0, 0])
 
     def _call(self, **states: Sequence[KeyValue | None]) -> PrefixCall:
         return PrefixCall(states=lambda rows: states, length=_P, sites=tuple(states), owner="the self-test")
@@ -180,6 +204,12 @@ class _Trial:
                 "same tokens as text, so its results with any prefix would be wrong. It probably counts positions or "
                 "builds masks in a way of its own."
             )
+
+
+def _noise(states: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(states.shape, generator=generator).to(states)
+    return noise * states.float().std().clamp(min=0.1).to(states)
 
 
 def _cut(states: Sequence[KeyValue | None], part: slice) -> list[KeyValue | None]:

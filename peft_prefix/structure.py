@@ -99,7 +99,7 @@ def find_structure(base: PreTrainedModel) -> Structure:
         cross_attention=tuple(
             found
             for module in dict.fromkeys(call[-1] for call in cross.calls)
-            if (found := AttentionModule.of(module)) is not None
+            if (found := AttentionModule.of(module, is_cross=True)) is not None
         ),
     )
 

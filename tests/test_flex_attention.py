@@ -1,0 +1,35 @@
+"""Flex attention, whose masks are block masks, agrees with eager attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import ENCODER_DECODERS, FAMILIES
+from helpers import assert_close, random_model, source_of, tokens
+
+# Warnings of torch and transformers while flex attention is compiled; the library's own are none of these classes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "bart"])
+def test_flex_attention_agrees_with_eager(family: str) -> None:
+    torch.compiler.reset()
+    results = []
+    for attn in ("eager", "flex_attention"):
+        base = FAMILIES[family].build(attn)
+        inputs: dict[str, Any] = dict(input_ids=tokens(2, 20))
+        if family in ENCODER_DECODERS:
+            inputs = dict(**source_of(base, 2), decoder_input_ids=tokens(2, 9))
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][0, -3:] = 0
+        with torch.no_grad():
+            results.append(random_model(base)(**inputs).logits[:, :9])
+            plain = base(**inputs).logits[:, :9]
+    assert_close(results[1], results[0])
+    assert (results[0] - plain).abs().max() > 1e-2
