@@ -16,6 +16,8 @@ from .passes import Intervention
 
 _MASK_NAMES = ("attention_mask", "mask")
 """What attention modules call their mask."""
+_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What they call their cache."""
 _CROSS_MASK_NAMES = ("encoder_attention_mask", *_MASK_NAMES)
 """The same in attention to an encoder; where there is the first, the second belongs to self-attention."""
 
@@ -28,18 +30,25 @@ class AttentionModule:
         module: The module itself.
         names: Names of its forward's arguments, in order.
         mask: Name of the argument that holds its mask.
+        cache: Name of the argument that holds its cache.
+        index: Its layer in the cache.
+        takes_pair: Whether its model hands it the caches of both kinds of attention in one.
     """
 
     module: nn.Module
     names: tuple[str, ...]
     mask: str
+    cache: str
+    index: int
+    takes_pair: bool = False
 
     @classmethod
-    def of(cls, module: nn.Module, *, is_cross: bool = False) -> AttentionModule | None:
-        """Read the module's forward signature; `None` if it has no mask, so that it is no attention layer."""
+    def of(cls, module: nn.Module, index: int, *, is_cross: bool = False) -> AttentionModule | None:
+        """Read the module's forward signature; `None` if it lacks a mask or a cache and so is no attention layer."""
         names = tuple(inspect.signature(module.forward).parameters)
         masks = [name for name in (_CROSS_MASK_NAMES if is_cross else _MASK_NAMES) if name in names]
-        return cls(module, names, masks[0]) if masks else None
+        caches = [name for name in _CACHE_NAMES if name in names]
+        return cls(module, names, masks[0], caches[0], index) if masks and caches else None
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of one call by name."""
@@ -47,21 +56,22 @@ class AttentionModule:
 
 
 def supply(
-    attention: AttentionModule, cache: Callable[[torch.Tensor], Cache] | None, mask: Callable[[Any], Any]
+    attention: AttentionModule, cache: Callable[[torch.Tensor], Cache] | None, mask: Callable[[Any], Any] | None
 ) -> Intervention:
     """Give an attention module a mask of ours, and a cache where its model gives it none.
 
     Args:
         attention: The module.
         cache: Makes the cache for one pass, from its hidden states `(batch, tokens, hidden)`; `None` to leave it.
-        mask: Changes the pass's mask, which may be `None`.
+        mask: Changes the pass's mask, which may be `None`; left out, it stays.
     """
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
         arguments = attention.named(args, kwargs)
         if cache is not None:
-            arguments["past_key_values"] = cache(arguments[attention.names[0]])
-        arguments[attention.mask] = mask(arguments.get(attention.mask))
+            arguments[attention.cache] = cache(arguments[attention.names[0]])
+        if mask is not None:
+            arguments[attention.mask] = mask(arguments.get(attention.mask))
         return arguments, ExitStack()
 
     return Intervention(attention.module, enter)

@@ -55,11 +55,18 @@ class PrefixedEncoderDecoderCache(EncoderDecoderCache):
         self._prefixed = (decoder, cross)
         self.past = past
         # Which layers know the source already; shared, so that the user's cache knows it afterwards.
-        self.is_updated = {} if past is None else past.is_updated
+        self.is_updated = _NeverUpdated() if past is None else past.is_updated
 
     def unread_layers(self) -> list[int]:
         """Decoder layers whose prefix was not read in self-attention or cross-attention."""
         return sorted({layer for cache in self._prefixed for layer in cache.unread_layers()})
+
+
+class _NeverUpdated(dict[int, bool]):
+    """Nothing is stored, so that a layer that runs again computes the source's keys again."""
+
+    def __setitem__(self, layer: int, is_updated: bool) -> None:
+        pass
 
 
 class SuppliedCache(Cache):

@@ -72,6 +72,7 @@ class DecoderInjection:
         owner: str,
         sliding: Sliding = "pinned",
         padding_mask: torch.Tensor | None = None,
+        checkpointed: bool = False,
     ) -> dict[str, Any]:
         """The arguments of one pass with the prefix put in.
 
@@ -82,6 +83,7 @@ class DecoderInjection:
             owner: Identity of the prefix, to recognize the caches that were filled with it.
             sliding: What happens to the prefix in layers with a sliding window.
             padding_mask: The whole call's 2D mask, where the pass itself gets a finished 4D one.
+            checkpointed: Whether layers will run again in the backward pass, so that no cache can be kept.
 
         Returns:
             New arguments, whose `past_key_values` stands before the user's cache.
@@ -94,7 +96,9 @@ class DecoderInjection:
         if own is None:
             p = 0
         new_tokens = new_tokens_of(arguments)
-        past = self._past(arguments, owner)
+        if checkpointed:
+            self._require_no_cache(arguments)
+        past = None if checkpointed else self._past(arguments, owner)
         past_self = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
         seen = 0 if past is None else past.get_seq_length()
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -107,7 +111,7 @@ class DecoderInjection:
         if p and self.needs_slots and not seen:
             self._check_length(p, past, new_tokens, None)
             cache = self._prefixed(prefix, past, None, SlotLayer)
-            return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": True}
+            return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": not checkpointed}
         order = None
         result = dict(arguments)
         known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else padding_mask
@@ -124,7 +128,7 @@ class DecoderInjection:
             result["attention_mask"] = self._mask(mask, columns, positions, new_tokens, past_self)
         result["past_key_values"] = self._prefixed(prefix, past, order)
         # Some decoders hand their layers no cache unless one is wanted.
-        result["use_cache"] = True
+        result["use_cache"] = not checkpointed
         return result
 
     def leave(self, output: Any, arguments: Mapping[str, Any]) -> Any:
@@ -218,6 +222,14 @@ class DecoderInjection:
             PrefixedCache(prefix.get("cross") or [None] * layers, past_cross, layer_type=PrefixedCrossLayer),
             past,
         )
+
+    def _require_no_cache(self, arguments: Mapping[str, Any]) -> None:
+        past = arguments.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            raise PrefixInputError(
+                "With gradient checkpointing layers run twice, so a cache cannot be continued. Pass the whole text, or "
+                "call model.gradient_checkpointing_disable() or model.eval()."
+            )
 
     def _past(self, arguments: dict[str, Any], owner: str) -> Cache | None:
         past = arguments.get("past_key_values")

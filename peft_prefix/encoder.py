@@ -109,9 +109,7 @@ class _Encoding:
     def _prefix_of(self, index: int) -> Callable[[int], KeyValue]:
         def prefix(rows: int) -> KeyValue:
             self.read.add(index)
-            states = self.call.states(rows)["encoder"][index]
-            assert states is not None
-            return states
+            return self.call.prefix("encoder", index, rows)
 
         return prefix
 
@@ -119,7 +117,7 @@ class _Encoding:
         """What gives an attention layer its keys and values."""
 
         def supplied(hidden_states: torch.Tensor) -> SuppliedCache:
-            prefix = self.call.states(hidden_states.shape[0])["encoder"][index]
+            prefix = self.call.prefix("encoder", index, hidden_states.shape[0])
             layer = PrefixedLayer(prefix, None, 0, self.columns.order, on_read=lambda: self.read.add(index))
             return SuppliedCache(layer)
 

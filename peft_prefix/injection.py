@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from transformers.utils.generic import TransformersKwargs
 from .arguments import new_tokens_of
 from .attention import supply
 from .call import PrefixCall
+from .checkpointing import Checkpoints, is_checkpointed, is_reentrant
 from .decoder import DecoderInjection
 from .encoder import EncoderInjection
 from .errors import PrefixInputError, PrefixNotConsumedError
@@ -50,7 +51,6 @@ class Injection:
             self.accepted |= {"return_dict", "use_cache", *TransformersKwargs.__annotations__} - _ABOUT_REAL_TOKENS_ONLY
         self.decoder = DecoderInjection(base, structure)
         self.local_windows = LocalWindows(base)
-        self.checkpointed = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
         self.encoder = EncoderInjection(structure)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,19 +87,21 @@ class Injection:
             arguments: The call's arguments by name, in terms of real tokens.
 
         Raises:
-            PrefixNotConsumedError: The base is set up to drop the prefix, or has not read it in the end.
+            PrefixNotConsumedError: The base has not read the prefix in the end.
             PrefixInputError: Given encoder outputs were made without the prefix.
         """
-        if self.base.training and any(module.gradient_checkpointing for module in self.checkpointed):
-            raise PrefixNotConsumedError(
-                "Gradient checkpointing would drop the prefix on its way to attention. Switch it off "
-                "(gradient_checkpointing=False in TrainingArguments); to save memory, use a smaller batch with "
-                "gradient_accumulation_steps."
-            )
         if self.structure.encoder is not None and arguments.get("encoder_outputs") is not None:
             require_encoding(arguments["encoder_outputs"], call.owner if "encoder" in call.sites else None)
             call.read.add("encoder")
-        with intervening(self._interventions(call)):
+        call.checkpointed = self.base.training and is_checkpointed(self.base)
+        if call.checkpointed and is_reentrant(self.base) and self._shares_caches():
+            raise PrefixInputError(
+                f"Layers of {type(self.base).__name__} read the keys and values of other layers, and reentrant "
+                "gradient checkpointing loses the gradients on that way. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        interventions = self._interventions(call)
+        with intervening(interventions), self._checkpoints(call, interventions):
             yield
         missing = [site for site in call.sites if site not in call.read]
         if missing:
@@ -115,14 +117,41 @@ class Injection:
         with intervening(self.encoder.interventions(call)):
             yield
 
+    def _shares_caches(self) -> bool:
+        """Whether some self-attention layers of the decoder asked for no cache of their own."""
+        asking = {one.module for one in self.structure.self_attention}
+        known = asking | {one.module for one in self.structure.cross_attention}
+        kinds = tuple({type(module) for module in asking})
+        return any(isinstance(module, kinds) and module not in known for module in self.structure.decoder.modules())
+
+    def _checkpoints(self, call: PrefixCall, interventions: list[Intervention]) -> AbstractContextManager[None]:
+        """What makes checkpointed layers read the prefix in both of their runs."""
+        if not call.checkpointed:
+            return nullcontext()
+        attention = {
+            "encoder": self.structure.encoder_attention,
+            "decoder": self.structure.self_attention,
+            "cross": self.structure.cross_attention,
+        }
+        slots = {one.module: (site, one.index) for site in call.sites for one in attention[site]}
+        if "encoder" in call.sites:
+            slots |= {one.module: ("encoder", index) for index, one in enumerate(self.structure.written_out)}
+        outer = {self.structure.decoder, self.structure.encoder}
+        inner = [one for one in interventions if one.module not in outer]
+        return Checkpoints(inner, slots, call, lambda: self.local_windows.opened(call.length)).acting(self.base)
+
     def _interventions(self, call: PrefixCall) -> list[Intervention]:
         interventions = self.encoder.interventions(call)
         if call.sites != ("encoder",):
             interventions.append(self._decoder_intervention(call))
+        if "decoder" in call.sites and call.checkpointed:
+            for attention in self.structure.self_attention:
+                interventions.append(supply(attention, call.cache_for(attention.takes_pair, "decoder"), None))
         if "cross" in call.sites:
             columns, known = PrefixColumns(call.length), WideMasks()
             for attention in self.structure.cross_attention:
-                interventions.append(supply(attention, None, lambda mask: known.widened(mask, columns)))
+                given = call.cache_for(attention.takes_pair, "cross") if call.checkpointed else None
+                interventions.append(supply(attention, given, lambda mask: known.widened(mask, columns)))
         return interventions
 
     def _decoder_intervention(self, call: PrefixCall) -> Intervention:
@@ -131,7 +160,10 @@ class Injection:
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
             arguments = injection.named(args, kwargs)
             states = call.states(new_tokens_of(arguments).shape[0])
-            entered = injection.enter(arguments, states, call.length, call.owner, call.sliding, call.padding_mask)
+            entered = injection.enter(
+                arguments, states, call.length, call.owner, call.sliding, call.padding_mask, call.checkpointed
+            )
+            call.cache = entered["past_key_values"]
             stack = ExitStack()
             stack.enter_context(self.local_windows.opened(call.length))
             return entered, stack

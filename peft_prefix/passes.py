@@ -57,6 +57,11 @@ def intervening(interventions: Sequence[Intervention]) -> Iterator[None]:
             stack.close()
 
 
+def current_call() -> object | None:
+    """The call of a base model that runs in this context."""
+    return _call.get()
+
+
 @contextmanager
 def outside_of_calls() -> Iterator[None]:
     """Inside this context forward passes belong to no call, also when one is running.

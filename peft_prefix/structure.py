@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Structure:
         encoder_attention: Its attention layers, in order; empty where they cannot be given keys and values.
         written_out: Its attention layers, where they are written out by hand.
         cross_attention: The decoder's attention layers to the encoder.
+        self_attention: The decoder's attention layers to itself that ask for a cache.
     """
 
     decoder: PreTrainedModel
@@ -44,6 +45,7 @@ class Structure:
     encoder_attention: tuple[AttentionModule, ...] = ()
     written_out: tuple[Layout, ...] = ()
     cross_attention: tuple[AttentionModule, ...] = ()
+    self_attention: tuple[AttentionModule, ...] = ()
 
     @property
     def text_config(self) -> Any:
@@ -54,14 +56,29 @@ class Structure:
 class _WatchedCache(DynamicCache):
     """A cache that notes which modules were running when it was asked."""
 
-    def __init__(self, running: list[nn.Module], **kwargs: Any) -> None:
+    def __init__(self, running: _Running, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.running = running
         self.calls: list[list[nn.Module]] = []
+        self.modules: dict[nn.Module, int] = {}
+        """The modules that asked, and their layers."""
+        self.pairs: set[nn.Module] = set()
+        """Those of them that had been given both caches in one."""
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls.append(list(self.running))
-        return super().update(*args, **kwargs)
+        if self.running:
+            self.modules.setdefault(self.running[-1], layer_idx)
+            if self.running[-1] in self.running.with_pair:
+                self.pairs.add(self.running[-1])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attention(self, *, is_cross: bool = False) -> tuple[AttentionModule, ...]:
+        """The modules that asked, as far as they are attention layers."""
+        found = (AttentionModule.of(module, index, is_cross=is_cross) for module, index in self.modules.items())
+        return tuple(replace(one, takes_pair=one.module in self.pairs) for one in found if one is not None)
 
 
 def find_structure(base: PreTrainedModel) -> Structure:
@@ -96,11 +113,8 @@ def find_structure(base: PreTrainedModel) -> Structure:
         encoder=encoder,
         encoder_attention=() if encoder is None or written_out else _taking_cache(base, encoder),
         written_out=written_out,
-        cross_attention=tuple(
-            found
-            for module in dict.fromkeys(call[-1] for call in cross.calls)
-            if (found := AttentionModule.of(module, is_cross=True)) is not None
-        ),
+        cross_attention=cross.attention(is_cross=True),
+        self_attention=cache.attention(),
     )
 
 
@@ -129,18 +143,29 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = True
 
 
-@contextmanager
-def _running_modules(base: nn.Module) -> Iterator[list[nn.Module]]:
-    """The modules of the base that are running, outermost first."""
-    running: list[nn.Module] = []
+class _Running(list[nn.Module]):
+    """The modules that are running, outermost first."""
 
-    def begin(module: nn.Module, args: Any) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_pair: set[nn.Module] = set()
+        """Modules that were given an encoder-decoder cache."""
+
+
+@contextmanager
+def _running_modules(base: nn.Module) -> Iterator[_Running]:
+    """The modules of the base that are running, outermost first."""
+    running = _Running()
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.append(module)
+        if any(isinstance(value, EncoderDecoderCache) for value in (*args, *kwargs.values())):
+            running.with_pair.add(module)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
 
-    handles = [module.register_forward_pre_hook(begin) for module in base.modules()]
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in base.modules()]
     handles += [module.register_forward_hook(end) for module in base.modules()]
     try:
         yield running
@@ -169,8 +194,8 @@ def _taking_cache(base: PreTrainedModel, encoder: nn.Module) -> tuple[AttentionM
         if module is not encoder and "past_key_values" in inspect.signature(module.forward).parameters
     ]
     innermost = [module for module in candidates if not any(other in candidates for other in _inside(module))]
-    attention = [found for module in innermost if (found := AttentionModule.of(module)) is not None]
-    caches = [_WatchedCache([]) for _ in attention]
+    attention = [found for i, module in enumerate(innermost) if (found := AttentionModule.of(module, i)) is not None]
+    caches = [_WatchedCache(_Running()) for _ in attention]
 
     def giving(cache: Cache) -> Callable[[torch.Tensor], Cache]:
         return lambda _: SuppliedCache(PrefixedLayer(None, cache, 0))
@@ -182,7 +207,7 @@ def _taking_cache(base: PreTrainedModel, encoder: nn.Module) -> tuple[AttentionM
     with evaluation_mode(base), torch.no_grad(), intervening(interventions):
         encoder(**source)
     reading = [one for one, cache in zip(attention, caches, strict=True) if cache.calls]
-    return tuple(reading)
+    return tuple(replace(one, index=index) for index, one in enumerate(reading))
 
 
 def _inside(module: nn.Module) -> list[nn.Module]:

@@ -115,17 +115,6 @@ def test_a_prefix_that_is_dropped_on_the_way_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_gradient_checkpointing_is_refused_before_it_drops_the_prefix(family: str) -> None:
-    model = random_model(FAMILIES[family].build()).train()
-    for module in model.base.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-    with pytest.raises(PrefixNotConsumedError, match="Gradient checkpointing would drop the prefix"):
-        model(input_ids=tokens(1, 4))
-    model.eval()(input_ids=tokens(1, 4))
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_static_cache_is_limited_too(family: str) -> None:
     model = random_model(FAMILIES[family].build(), p=10)
     options = dict(do_sample=False, cache_implementation="static")

@@ -192,3 +192,21 @@ def test_the_loss_is_normalized_over_the_accumulated_batch(tmp_path: Path) -> No
     together, apart = run(4, 1), run(2, 2)
     for name, tensor in together.prefix_state_dict().items():
         torch.testing.assert_close(apart.prefix_state_dict()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Path) -> None:
+    plain = make_trainer(make(), tmp_path / "plain")
+    plain.train()
+    checkpointed = make_trainer(
+        make(),
+        tmp_path / "checkpointed",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    checkpointed.train()
+    expected = losses(plain)
+    assert losses(checkpointed) == pytest.approx(expected, rel=1e-5)
+    for name, tensor in plain.model.prefix_state_dict().items():
+        torch.testing.assert_close(checkpointed.model.prefix_state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
