@@ -1,4 +1,4 @@
-"""Prefix-tuning (Li & Liang 2021) for any causal language model of transformers."""
+"""Prefix-tuning (Li & Liang 2021) for any causal or encoder-decoder model of transformers."""
 
 from .config import PrefixConfig
 from .errors import (

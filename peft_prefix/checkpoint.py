@@ -116,7 +116,9 @@ def write_prefix(
         PrefixFileError: A number is not finite (also after conversion to `dtype`), or `directory` is a file.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise PrefixInputError(f"A prefix is saved as float32, float16 or bfloat16, not as {dtype}.")
+        raise PrefixInputError(
+            f"A prefix is saved as torch.float32, torch.float16 or torch.bfloat16 (not strings), not as {dtype!r}."
+        )
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     require_finite(stored, f"Not saved to {directory}, which is left as it was")
     description = PrefixDescription(
@@ -310,6 +312,10 @@ def _mismatch(
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             difference = f"{name} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
+            if name not in expected:
+                difference = f"the file has {name}, for which the model has no place"
+            elif name not in found:
+                difference = f"the model needs {name}, which the file does not have"
             break
     if name.startswith(MODULES):
         return (

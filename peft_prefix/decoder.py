@@ -312,7 +312,8 @@ class DecoderInjection:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask[:, 0] == 0).any()):
             raise PrefixInputError(
                 f"{self.name} counts padding on the left as text, so the results would depend on it. Pad on the right, "
-                "give the rows one by one, or give position_ids that count real tokens if the model takes them."
+                "give the rows one by one, or give position_ids that count real tokens if the model takes them (in an "
+                "encoder-decoder model this is about decoder_attention_mask)."
             )
 
     def _check_length(

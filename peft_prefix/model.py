@@ -143,7 +143,7 @@ class PrefixModel(PreTrainedModel):
         self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
-        """Use another prefix from now on; training goes to it alone.
+        """Use another prefix from now on; training goes to it alone, unless it was loaded frozen.
 
         Raises:
             PrefixConfigError: There is no prefix of that name.
@@ -268,6 +268,12 @@ class PrefixModel(PreTrainedModel):
                 return encoder(*args, **kwargs)
 
         return encode
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' adapters are PEFT's."""
+        raise PrefixInputError("Prefixes are no PEFT adapters: use load_prefix, add_prefix and set_prefix.")
+
+    add_adapter = set_adapter = load_adapter
 
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)

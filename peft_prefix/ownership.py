@@ -54,11 +54,16 @@ def require_encoding(output: Any, owner: str | None) -> None:
     found = getattr(_hidden_states(output), _OWNER, None)
     if found == owner:
         return
-    made_with = "without this model's encoder prefix" if found is None else f"with prefix {found}"
+    made_with = (
+        "are not known to come from this model's encoder prefix: they were made without it, or changed since (clone, "
+        "slice, dtype)"
+        if found is None
+        else f"were made with prefix {found}"
+    )
     remedy = "base.get_encoder()(...)" if owner is None else "model.get_encoder()(...)"
     raise PrefixInputError(
-        f"These encoder_outputs were made {made_with}. Make them with {remedy}, and pass them on as they are, or pass "
-        "the encoder's inputs instead."
+        f"These encoder_outputs {made_with}. Make them with {remedy}, and pass them on as they are, or pass the "
+        "encoder's inputs instead."
     )
 
 

@@ -181,3 +181,10 @@ def test_text_generation_pipeline(caplog: pytest.LogCaptureFixture) -> None:
     expected = model.generate(torch.tensor([[5, 9, 7]]), max_new_tokens=5, do_sample=False)
     assert result["generated_text"].split() == tokenizer().decode(expected[0, 3:]).split()
     assert not [record for record in caplog.records if "not supported" in record.getMessage()]
+
+
+@pytest.mark.parametrize("method", ["load_adapter", "add_adapter", "set_adapter"])
+def test_adapter_methods_of_transformers_lead_to_ours(method: str) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    with pytest.raises(PrefixInputError, match="use load_prefix, add_prefix and set_prefix"):
+        getattr(model, method)("some")
