@@ -24,26 +24,20 @@ from .config import PrefixConfig
 from .errors import (
     IncompatibleBaseError,
     PrefixConfigError,
-    PrefixError,
     PrefixFileError,
     PrefixInputError,
     PrefixWarning,
-    UnsupportedModelError,
     some_of,
 )
-from .example_inputs import example_inputs, loss_counts_items
-from .geometry import Geometry
+from .examination import examined
+from .example_inputs import loss_counts_items
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
-from .injection import Injection
 from .modules_to_save import ModuleWeights, base_weights, require_called, resolved_modules
 from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
-from .recording import geometry_of, record
-from .selftest import check_base
 from .stopping import PositionsUsedUp
-from .structure import find_structure
 
 DEFAULT_PREFIX = "default"
 
@@ -84,7 +78,7 @@ class PrefixModel(PreTrainedModel):
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
-        geometry, injection = _examined(base)
+        geometry, injection = examined(base)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
@@ -654,55 +648,6 @@ def _require_base(base: object) -> None:
             f"The base must be a transformers model, not {type(base).__name__}. Load it first, e.g. with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
-
-
-def _examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
-    """The base's geometry and a way into it, after trying both on a few tokens."""
-    before = _parts(base)
-    try:
-        structure = find_structure(base)
-        geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
-        injection = Injection(base, structure)
-        geometry = check_base(base, injection, geometry)
-        _require_unchanged(base, before)
-    except PrefixError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} could not be run with a prefix on a few tokens, so it cannot be used with one: "
-            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-        ) from error
-    return geometry, injection
-
-
-_Parts = list[tuple[nn.Module, dict[str, nn.Module | None], dict[str, Any]]]
-"""Every module with its submodules and its plain settings."""
-
-
-def _parts(base: PreTrainedModel) -> _Parts:
-    return [
-        (module, dict(module._modules), {k: v for k, v in vars(module).items() if isinstance(v, (str, int, bool))})
-        for module in base.modules()
-    ]
-
-
-def _require_unchanged(base: PreTrainedModel, before: _Parts) -> None:
-    """Put back what a base has exchanged in itself, and refuse it.
-
-    Raises:
-        UnsupportedModelError: It has other modules than before.
-    """
-    changed = [module for module, parts, _ in before if module._modules != parts]
-    if not changed:
-        return
-    for module, parts, settings in before:
-        module._modules = parts
-        vars(module).update(settings)
-    raise UnsupportedModelError(
-        f"{type(base).__name__} exchanges parts of itself for short inputs (in {type(changed[0]).__name__}), which a "
-        "prefix cannot follow. Load it in the form that it has for short inputs, e.g. with "
-        "attention_type='original_full' in its config."
-    )
 
 
 def _require_no_prefix(arguments: Mapping[str, Any]) -> None:

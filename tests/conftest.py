@@ -114,6 +114,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in table.lines():
         terminalreporter.write_line(line)
     page = config.getoption("--conformance-table")
+    if page is not None and any("FAIL" in line for line in table.lines()):
+        raise pytest.UsageError("A table with a failing cell is not written.")
     if page is not None:
         text = page.read_text(encoding="utf-8").split(_MARK)[0]
         page.write_text(f"{text}{_MARK}\n\n{table.markdown()}", encoding="utf-8")

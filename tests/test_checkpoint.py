@@ -101,9 +101,7 @@ def test_another_geometry_is_refused(saved: Path) -> None:
     )
     with pytest.raises(IncompatibleBaseError, match=message):
         load(saved, "gpt2")
-    with pytest.raises(
-        IncompatibleBaseError, match="the file has decoder.layers.2.key, for which the model has no place"
-    ):
+    with pytest.raises(IncompatibleBaseError, match=r"the file has decoder\.layers\.2\.key, for which"):
         load(saved, "qwen3")
 
 
@@ -134,9 +132,7 @@ def test_another_architecture_of_the_same_shape_draws_a_warning(family: str, tmp
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused(dtype: torch.dtype, saved: Path) -> None:
     before = (saved / "prefix.safetensors").read_bytes()
-    with pytest.raises(
-        PrefixInputError, match=r"saved as torch.float32, torch.float16 or torch.bfloat16 \(not strings\), not as"
-    ):
+    with pytest.raises(PrefixInputError, match=r"torch\.float16 or torch\.bfloat16 \(not strings\), not as"):
         random_model(FAMILIES["llama"].build()).save_pretrained(saved, dtype=dtype)
     assert (saved / "prefix.safetensors").read_bytes() == before
 
