@@ -7,6 +7,7 @@ values go through the checkpoint as inputs, so that gradients reach them whichev
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ Slot = tuple[str, int]
 """A site and a layer."""
 _FUNCTION = "_gradient_checkpointing_func"
 """What transformers calls the checkpoint function that it puts on modules."""
+_FUNCTIONS = threading.RLock()
+"""Held while these are changed: they belong to the base, whichever thread runs it."""
 
 
 def is_checkpointed(base: nn.Module) -> bool:
@@ -59,16 +62,17 @@ class Checkpoints:
     @contextmanager
     def acting(self, base: nn.Module) -> Iterator[None]:
         """While this is open, the base's checkpoints are made with the prefix."""
-        holders = [module for module in base.modules() if _FUNCTION in vars(module)]
-        originals = [vars(module)[_FUNCTION] for module in holders]
-        call = current_call()
-        for module, original in zip(holders, originals, strict=True):
-            setattr(module, _FUNCTION, self._checkpoint_with_prefix(original, call))
-        try:
-            yield
-        finally:
+        with _FUNCTIONS:
+            holders = [module for module in base.modules() if _FUNCTION in vars(module)]
+            originals = [vars(module)[_FUNCTION] for module in holders]
+            call = current_call()
             for module, original in zip(holders, originals, strict=True):
-                setattr(module, _FUNCTION, original)
+                setattr(module, _FUNCTION, self._checkpoint_with_prefix(original, call))
+            try:
+                yield
+            finally:
+                for module, original in zip(holders, originals, strict=True):
+                    setattr(module, _FUNCTION, original)
 
     def _checkpoint_with_prefix(self, original: Callable[..., Any], call: object) -> Callable[..., Any]:
         def checkpoint(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -110,3 +111,27 @@ def test_a_cache_cannot_be_continued_by_layers_that_run_twice() -> None:
     model.gradient_checkpointing_enable()
     with pytest.raises(PrefixInputError, match="a cache cannot be continued"):
         model.train()(input_ids=tokens(1, 2), past_key_values=cache)
+
+
+def test_two_threads_may_train_prefixes_of_one_base() -> None:
+    base = FAMILIES["llama"].build()
+    models = [random_model(base, init_seed=seed) for seed in (0, 1)]
+    models[0].gradient_checkpointing_enable()
+    expected = [step(model, "llama") for model in models]
+    results: list[list[tuple[torch.Tensor, dict[str, torch.Tensor]]]] = [[], []]
+
+    def train(index: int) -> None:
+        for _ in range(10):
+            results[index].append(step(models[index], "llama"))
+
+    threads = [threading.Thread(target=train, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (loss, gradients), found in zip(expected, results, strict=True):
+        assert len(found) == 10
+        for other_loss, other_gradients in found:
+            assert torch.equal(other_loss, loss)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(other_gradients[name], gradient)
