@@ -115,7 +115,8 @@ def test_an_image_does_not_move_a_plain_window() -> None:
 
 def test_left_padding_is_refused_where_keys_are_rotated_by_their_place_in_the_cache() -> None:
     config = {**SMALL, "is_decoder": True, "embedding_size": 64, "hidden_dropout_prob": 0.0}
-    base = Family("RoFormerConfig", "RoFormerForCausalLM", {**config, "attention_probs_dropout_prob": 0.0}).build()
+    kwargs = {**config, "attention_probs_dropout_prob": 0.0}
+    base = Family("RoFormerConfig", "RoFormerForCausalLM", kwargs, since="5.23").build()
     prefix, text = tokens(1, 3, seed=2)[0], tokens(2, 6)
     model = model_with_tokens(base, prefix)
     with torch.no_grad():
