@@ -14,7 +14,7 @@ from .call import SiteStates
 from .config import PrefixConfig
 from .errors import PrefixConfigError
 from .geometry import Geometry
-from .learning_rate import LearningRateWatch
+from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
 from .modules_to_save import MODULES, ModuleWeights
 from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
 
@@ -61,7 +61,8 @@ class PrefixBank(nn.ModuleDict):
         module.start_from(tensors)
         module.to(device)
         if is_trainable and isinstance(module, DirectPrefix):
-            watch = LearningRateWatch(module.parameters())  # of the prefix alone
+            good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
+            watch = LearningRateWatch(module.parameters(), good_rate)  # of the prefix alone
             weakref.finalize(module, watch.stop)
         module.add_module(MODULES, weights)
         self[name] = module.train(self.training).requires_grad_(is_trainable)

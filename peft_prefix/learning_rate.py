@@ -19,6 +19,9 @@ from .errors import PrefixWarning
 GOOD_LEARNING_RATE = 3e-2
 """A learning rate for a direct prefix and an Adam-like optimizer that worked well in our measurements."""
 
+GOOD_LEARNING_RATE_WITH_MODULES = 1e-2
+"""The same where modules of the base, such as a new head, are trained with the prefix."""
+
 SMALLEST_USEFUL_LEARNING_RATE = 1e-3
 """Below this a direct prefix hardly moves in thousands of steps."""
 
@@ -28,9 +31,11 @@ class LearningRateWatch:
 
     Args:
         parameters: The keys and values that are trained directly.
+        good_rate: What to recommend.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], good_rate: float = GOOD_LEARNING_RATE) -> None:
+        self.good_rate = good_rate
         self._parameters = WeakIdKeyDictionary(dict.fromkeys(parameters))
         self._done = False
         self._handle = register_optimizer_step_pre_hook(self._look)
@@ -49,7 +54,7 @@ class LearningRateWatch:
                 if rate < SMALLEST_USEFUL_LEARNING_RATE:
                     warnings.warn(
                         f"The learning rate {rate:g} will hardly move a prefix of plain keys and values. Use about "
-                        f"{GOOD_LEARNING_RATE:g} (TrainingArguments(learning_rate={GOOD_LEARNING_RATE:g})), or "
+                        f"{self.good_rate:g} (TrainingArguments(learning_rate={self.good_rate:g})), or "
                         'PrefixConfig(reparameterization="mlp") for small ones.',
                         PrefixWarning,
                         stacklevel=2,

@@ -291,7 +291,9 @@ class PrefixModel(PreTrainedModel):
 
     def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
         """The active prefix, for one call of the base."""
-        name, config, _ = self.prefixes.in_use()
+        name, config, module = self.prefixes.in_use()
+        # Caches and encodings from before a training step are as foreign as those of another prefix.
+        version = sum(0 if p.is_inference() else p._version for p in module.parameters())
         # With positions of the user's own, padding is the user's business.
         counts = self._injection.structure.encoder is None and arguments.get("position_ids") is None
         mask = arguments.get("attention_mask") if counts else None
@@ -299,7 +301,7 @@ class PrefixModel(PreTrainedModel):
             states=self.prefixes.states(),
             length=config.num_virtual_tokens,
             sites=config.sites or (),
-            owner=f"{name!r} of model {id(self):x}.{self._fillings}",
+            owner=f"{name!r} of model {id(self):x}.{self._fillings}.{version}",
             sliding=config.sliding_window,
             padding_mask=mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
         )

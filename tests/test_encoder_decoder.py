@@ -364,3 +364,19 @@ def test_the_collator_gets_decoder_inputs_from_the_base_for_label_smoothing(tmp_
     with torch.no_grad():
         torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), smoothed)
     trainer.train()
+
+
+def test_encodings_and_caches_from_before_a_training_step_are_known_to_be_old() -> None:
+    model = random_model(FAMILIES["bart"].build())
+    source, text = source_of(model.base, 1), tokens(1, 3)
+    encoded = model.get_encoder()(**source)
+    cache = model(**source, decoder_input_ids=text, use_cache=True).past_key_values
+    model(**source, decoder_input_ids=text, past_key_values=cache)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(encoder_outputs=encoded, decoder_input_ids=text).logits.square().sum().backward()
+    optimizer.step()
+    with pytest.raises(PrefixInputError, match="made with prefix 'default'"):
+        model(encoder_outputs=encoded, decoder_input_ids=text)
+    with pytest.raises(PrefixInputError, match="read with prefix 'default'"):
+        model(**source, decoder_input_ids=text, past_key_values=cache)
+    model(encoder_outputs=model.get_encoder()(**source), decoder_input_ids=text)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from family import Family
 from helpers import tokens
 from test_trainer import make, make_trainer
 
@@ -51,3 +52,13 @@ def test_several_models_and_prefixes_can_be_trained_side_by_side() -> None:
         for model, optimizer in zip(models, optimizers, strict=True):
             model(input_ids=tokens(1, 4)).logits.sum().backward()
             optimizer.step()
+
+
+def test_a_smaller_one_is_recommended_where_a_head_is_trained_too() -> None:
+    family = FAMILIES["llama"]
+    head = Family(family.config, "LlamaForSequenceClassification", {**family.kwargs, "num_labels": 3})
+    model = get_prefix_model(head.build(), PrefixConfig(num_virtual_tokens=2))
+    model(input_ids=tokens(2, 4), labels=torch.tensor([0, 1])).loss.backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
+    with pytest.warns(PrefixWarning, match="learning_rate=0.01"):
+        optimizer.step()
