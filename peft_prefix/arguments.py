@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from .errors import PrefixInputError
+
+
+def by_name(names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of one call by name, where `names` are the parameters in their order."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def new_tokens_of(arguments: Mapping[str, Any]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .arguments import by_name
 from .passes import Intervention
 
 _MASK_NAMES = ("attention_mask", "mask")
@@ -52,7 +53,7 @@ class AttentionModule:
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of one call by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        return by_name(self.names, args, kwargs)
 
 
 def supply(

@@ -17,7 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import ModelOutput
 
-from .arguments import new_tokens_of
+from .arguments import by_name, new_tokens_of
 from .cache import PrefixedCache, PrefixedLayer, RowOrder
 from .cache_encoder_decoder import PrefixedCrossLayer, PrefixedEncoderDecoderCache
 from .call import SiteStates
@@ -62,7 +62,7 @@ class DecoderInjection:
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of one pass of the decoder by name."""
-        return {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        return by_name(self.signature.parameters, args, kwargs)
 
     def enter(
         self,

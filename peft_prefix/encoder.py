@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .arguments import by_name
 from .attention import supply
 from .cache import KeyValue, PrefixedLayer, RowOrder
 from .cache_encoder_decoder import SuppliedCache
@@ -49,7 +50,7 @@ class EncoderInjection:
         names = tuple(inspect.signature(encoder.forward).parameters)
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            arguments = by_name(names, args, kwargs)
             encoding.begin(arguments.get("attention_mask"))
             return arguments, ExitStack()
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
-from .arguments import new_tokens_of
+from .arguments import by_name, new_tokens_of
 from .attention import supply
 from .call import PrefixCall
 from .checkpointing import Checkpoints, is_checkpointed, is_reentrant
@@ -59,7 +59,7 @@ class Injection:
         Raises:
             PrefixInputError: An argument is given twice, or too many by position.
         """
-        named = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        named = by_name(self.signature.parameters, args, kwargs)
         if len(named) != len(args) + len(kwargs):
             raise PrefixInputError("An argument was given twice, by position and by name, or too many by position.")
         return named

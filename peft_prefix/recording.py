@@ -11,16 +11,14 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .arguments import new_tokens_of
-from .attention import supply
+from .arguments import by_name, new_tokens_of
 from .backbone import backbone_of
-from .cache import KeyValue, PrefixedLayer
-from .cache_encoder_decoder import SuppliedCache
+from .cache import KeyValue
 from .config import Site
 from .errors import UnsupportedModelError
 from .geometry import Geometry, LayerGeometry
 from .passes import Entered, Intervention, intervening
-from .structure import Structure, evaluation_mode, give_cache
+from .structure import Structure, evaluation_mode, give_cache, store_in
 from .written_out import WrittenOut
 
 States = dict[str, list[KeyValue | None]]
@@ -59,17 +57,13 @@ class Recording:
 def recording(structure: Structure) -> Iterator[Recording]:
     """While this is open, passes of the base in this context fill a recording."""
     record = Recording(structure)
-
-    def supplied(cache: Cache) -> Callable[[torch.Tensor], Cache]:
-        return lambda _: SuppliedCache(PrefixedLayer(None, cache, 0))
-
     if structure.encoder is None:
         interventions = []
     elif structure.written_out:
         interventions = _listening(structure, record)
     else:
         interventions = [
-            supply(attention, supplied(cache), lambda mask: mask)
+            store_in(cache, attention)
             for attention, cache in zip(structure.encoder_attention, record.encoder, strict=True)
         ]
     with intervening([give_cache(structure.decoder, record.cache), *interventions]):
@@ -83,7 +77,7 @@ def _listening(structure: Structure, record: Recording) -> list[Intervention]:
     lengths: list[int] = []
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = by_name(names, args, kwargs)
         lengths.append(new_tokens_of(arguments).shape[1])
         return arguments, ExitStack()
 

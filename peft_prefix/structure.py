@@ -7,7 +7,7 @@ patched, multimodal and two-part models are seen as they will be used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from .arguments import by_name
 from .attention import AttentionModule, supply
 from .backbone import backbone_of
 from .cache import PrefixedLayer
@@ -118,12 +119,17 @@ def find_structure(base: PreTrainedModel) -> Structure:
     )
 
 
+def store_in(cache: Cache, attention: AttentionModule) -> Intervention:
+    """Let an attention module that its model gives no cache store its keys and values in this one, as its layer 0."""
+    return supply(attention, lambda _: SuppliedCache(PrefixedLayer(None, cache, 0)), None)
+
+
 def give_cache(model: nn.Module, cache: Cache) -> Intervention:
     """Let a model that takes a cache have this one, whatever runs around it."""
     parameters = inspect.signature(model.forward).parameters
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
-        arguments = {**dict(zip(parameters, args, strict=False)), **kwargs, "past_key_values": cache}
+        arguments = by_name(parameters, args, {**kwargs, "past_key_values": cache})
         if "use_cache" in parameters:
             arguments["use_cache"] = True
         return arguments, ExitStack()
@@ -196,13 +202,7 @@ def _taking_cache(base: PreTrainedModel, encoder: nn.Module) -> tuple[AttentionM
     innermost = [module for module in candidates if not any(other in candidates for other in _inside(module))]
     attention = [found for i, module in enumerate(innermost) if (found := AttentionModule.of(module, i)) is not None]
     caches = [_WatchedCache(_Running()) for _ in attention]
-
-    def giving(cache: Cache) -> Callable[[torch.Tensor], Cache]:
-        return lambda _: SuppliedCache(PrefixedLayer(None, cache, 0))
-
-    interventions = [
-        supply(one, giving(cache), lambda mask: mask) for one, cache in zip(attention, caches, strict=True)
-    ]
+    interventions = [store_in(cache, one) for one, cache in zip(attention, caches, strict=True)]
     source = source_inputs(base, ordinary_ids(base, 1)[None])
     with evaluation_mode(base), torch.no_grad(), intervening(interventions):
         encoder(**source)

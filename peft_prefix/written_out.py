@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .arguments import by_name
 from .cache import KeyValue, RowOrder
 from .passes import Entered, Intervention
 
@@ -266,7 +267,7 @@ class WrittenOut:
         ]
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = by_name(self.names, args, kwargs)
         self.current = _Pass(arguments)
         return arguments
 

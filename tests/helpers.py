@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from families import VOCAB, WINDOW, Family
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
 from peft_prefix.initializers import tensors_from_states
@@ -140,3 +141,31 @@ def without(encoded: Any, part: slice) -> Any:
 def fits_window(family: Family, wanted: int) -> int:
     """A total length that fits the family's window, where it has one."""
     return min(wanted, WINDOW) if family.sliding else wanted
+
+
+def assert_only_the_prefix_learns(model: PrefixModel, before: dict[str, torch.Tensor]) -> None:
+    """After a backward pass: every virtual token has a gradient, and a step leaves the base as it was before."""
+    for name, parameter in model.named_parameters():
+        if name.startswith("prefixes."):
+            assert parameter.grad is not None, name
+            by_slot = parameter.grad.abs().sum(dim=(0, 2))
+            assert (by_slot > 1e-9).all(), (name, by_slot)
+        else:
+            assert not parameter.requires_grad, name
+            assert parameter.grad is None, name
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    for name, value in model.base.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class Recorder(BaseStreamer):
+    """A streamer that keeps the tokens it is given, and -1 for the end."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.received += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.received.append(-1)

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from families import CAUSAL, supported_attention
-from helpers import attention_cache, model_with_tokens, random_model, tokens, with_text
+from helpers import Recorder, attention_cache, model_with_tokens, random_model, tokens, with_text
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from peft_prefix import PrefixModel
 
@@ -181,21 +180,10 @@ def test_a_users_cache_is_continued_over_several_turns(family: str) -> None:
     assert torch.equal(model.generate(history, past_key_values=cache, **options), expected)
 
 
-class _Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.received += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.received.append(-1)
-
-
 @pytest.mark.conformance("streaming")
 @every_family
 def test_streaming_yields_the_generated_tokens(family: str) -> None:
     model = random_model(CAUSAL[family].build())
-    text, recorder = tokens(1, 5), _Recorder()
+    text, recorder = tokens(1, 5), Recorder()
     ids = model.generate(text, max_new_tokens=5, do_sample=False, streamer=recorder)
     assert recorder.received == [*ids[0].tolist(), -1]

@@ -12,10 +12,9 @@ import pytest
 import torch
 import transformers
 from families import ENCODER_DECODERS, supported_attention
-from helpers import assert_close, model_with_states, random_model, source_of, tokens, with_text
+from helpers import Recorder, assert_close, model_with_states, random_model, source_of, tokens, with_text
 from packaging.version import Version
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from peft_prefix import PrefixModel
 from peft_prefix.recording import record
@@ -143,24 +142,13 @@ def test_prompt_lookup_equals_greedy(family: str) -> None:
     _compare_with_option(base, "does not support prompt lookup", dict(prompt_lookup_num_tokens=3), rows=1)
 
 
-class _Recorder(BaseStreamer):
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.received += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.received.append(-1)
-
-
 @pytest.mark.conformance("streaming")
 @every_family
 def test_streaming_yields_the_generated_tokens(family: str) -> None:
     model = random_model(ENCODER_DECODERS[family].build())
     if family == "whisper":
         pytest.skip("its own generate cuts the result differently from what it streams")
-    recorder = _Recorder()
+    recorder = Recorder()
     ids = model.generate(**source_of(model.base, 1), max_new_tokens=5, do_sample=False, streamer=recorder)
     assert recorder.received == [*ids[0].tolist(), -1]
 
