@@ -1,4 +1,8 @@
-"""The conformance table: every test with a `conformance` mark fills one cell, family × check."""
+"""The conformance tables: every test with a `conformance` or `ways` mark fills one cell, family × check.
+
+`conformance` is for what holds for every family, `ways` for ways to train and generate, over families that differ in
+kind.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, KINDS
 
 _Outcome = tuple[str, str]
 """Outcome of one test, and the reason if it was skipped."""
 _MARK = "<!-- written by the tests: family × check -->"
+_TITLES = {"conformance": "Every family", "ways": "Ways to train and generate"}
+"""The tables, by the mark that fills them."""
 _NO_ENCODER = "has no encoder"
 _NOT_TESTED = {
     "cross": _NO_ENCODER,
@@ -33,21 +39,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "conformance(check): the test fills the cell family × check of the table")
-    config.stash[_TABLE] = Table()
+    for mark, title in _TITLES.items():
+        config.addinivalue_line("markers", f"{mark}(check): the test fills the cell family × check of {title!r}")
+    config.stash[_TABLES] = [Table("conformance", list(FAMILIES)), Table("ways", list(KINDS))]
 
 
 class Table:
-    """What the tests found, and how it reads."""
+    """What the tests with one mark found, and how it reads.
 
-    def __init__(self) -> None:
+    Args:
+        mark: The mark.
+        known: Families in order.
+    """
+
+    def __init__(self, mark: str, known: list[str]) -> None:
+        self.mark = mark
+        self.known = known
         self.cells: dict[tuple[str, str], list[_Outcome]] = defaultdict(list)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
         for name, value in report.user_properties:
-            if name == "conformance":
+            if name == self.mark:
                 family, check = str(value).split("|")
                 self.cells[family, check].append((report.outcome, _reason(report.longrepr)))
 
@@ -57,7 +71,7 @@ class Table:
 
     @property
     def families(self) -> list[str]:
-        return [family for family in FAMILIES if any((family, check) in self.cells for check in self.checks)]
+        return [family for family in self.known if any((family, check) in self.cells for check in self.checks)]
 
     def cell(self, family: str, check: str) -> _Outcome:
         """`ok`, `FAIL` or `–` with the reason."""
@@ -89,36 +103,40 @@ class Table:
                 cells.append(symbol)
             rows.append(f"| {family} | " + " | ".join(cells) + " |")
         reasons = [f"{number}. {reason}" for reason, number in notes.items()]
-        return "\n".join([*rows, "", "Why a check does not apply:", "", *reasons]) + "\n"
+        why = ["", "Why a check does not apply:", "", *reasons] if reasons else []
+        return "\n".join([f"## {_TITLES[self.mark]}", "", *rows, *why]) + "\n"
 
 
-_TABLE = pytest.StashKey[Table]()
+_TABLES = pytest.StashKey[list[Table]]()
 
 
 @pytest.fixture(autouse=True)
 def _conformance_cell(request: pytest.FixtureRequest, record_property: Any) -> None:
-    mark = request.node.get_closest_marker("conformance")
-    if mark is not None:
-        record_property("conformance", f"{request.node.callspec.params['family']}|{mark.args[0]}")
+    for name in _TITLES:
+        mark = request.node.get_closest_marker(name)
+        if mark is not None:
+            record_property(name, f"{request.node.callspec.params['family']}|{mark.args[0]}")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.pluginmanager.register(session.config.stash[_TABLE])
+    for table in session.config.stash[_TABLES]:
+        session.config.pluginmanager.register(table)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    table = config.stash[_TABLE]
-    if not table.cells:
-        return
-    terminalreporter.section("conformance: family × check")
-    for line in table.lines():
-        terminalreporter.write_line(line)
+    tables = [table for table in config.stash[_TABLES] if table.cells]
+    for table in tables:
+        terminalreporter.section(f"{_TITLES[table.mark]}: family × check")
+        for line in table.lines():
+            terminalreporter.write_line(line)
     page = config.getoption("--conformance-table")
-    if page is not None and any("FAIL" in line for line in table.lines()):
+    if page is None or not tables:
+        return
+    if any("FAIL" in line for table in tables for line in table.lines()):
         raise pytest.UsageError("A table with a failing cell is not written.")
-    if page is not None:
-        text = page.read_text(encoding="utf-8").split(_MARK)[0]
-        page.write_text(f"{text}{_MARK}\n\n{table.markdown()}", encoding="utf-8")
+    text = page.read_text(encoding="utf-8").split(_MARK)[0]
+    content = "\n".join(table.markdown() for table in tables)
+    page.write_text(f"{text}{_MARK}\n\n{content}", encoding="utf-8")
 
 
 def _reason(longrepr: Any) -> str:

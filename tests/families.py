@@ -12,6 +12,7 @@ __all__ = [
     "DECODERS",
     "ENCODER_DECODERS",
     "FAMILIES",
+    "KINDS",
     "MULTIMODAL",
     "VOCAB",
     "WINDOW",
@@ -226,3 +227,7 @@ DECODERS: dict[str, Family] = {
 
 CAUSAL = {**DECODERS, **HYBRIDS, **MULTIMODAL}
 FAMILIES = {**CAUSAL, **ENCODER_DECODERS}
+
+_KINDS = "gpt2 llama qwen3 gemma3_text deepseek_v3 falcon_multi_query mpt qwen3_next t5 bart"
+KINDS = {name: FAMILIES[name] for name in _KINDS.split()}
+"""Families that differ in kind: positions, windows, latent attention, biases by distance, recurrence, two parts."""
