@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import Cache
 
 from .arguments import by_name
-from .passes import Intervention
+from .passes import Entered, Intervention
 
 _MASK_NAMES = ("attention_mask", "mask")
 """What attention modules call their mask."""
@@ -67,12 +66,12 @@ def supply(
         mask: Changes the pass's mask, which may be `None`; left out, it stays.
     """
 
-    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         arguments = attention.named(args, kwargs)
         if cache is not None:
             arguments[attention.cache] = cache(arguments[attention.names[0]])
         if mask is not None:
             arguments[attention.mask] = mask(arguments.get(attention.mask))
-        return arguments, ExitStack()
+        return arguments, None
 
     return Intervention(attention.module, enter)

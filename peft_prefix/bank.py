@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import nn
@@ -16,7 +14,53 @@ from .errors import PrefixConfigError
 from .geometry import Geometry
 from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
 from .modules_to_save import MODULES, ModuleWeights
-from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
+from .parameterization import DirectPrefix, MLPPrefix, Parameterization, PrefixTensors, build_parameterization
+
+SiteNames = dict[str, list[tuple[str, str] | None]]
+"""Names of the tensors of keys and values by site and layer; `None` for layers that keep none."""
+
+
+class CallStates:
+    """A prefix's keys and values for one call of the base.
+
+    They are computed once, so that all passes of a call, and all sites, see the same prefix.
+
+    Args:
+        parameterization: The prefix.
+        names: Which of its tensors belong where.
+        dropout: Probability with which each number is set to zero.
+    """
+
+    def __init__(self, parameterization: Parameterization, names: SiteNames, dropout: float) -> None:
+        self.parameterization = parameterization
+        self.names = names
+        self.dropout = dropout
+        self._tensors: PrefixTensors | None = None
+        self._known: list[tuple[int, SiteStates]] = []
+
+    def __call__(self, rows: int) -> SiteStates:
+        """Keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` by site and layer, for a number of rows.
+
+        Dropout differs between rows; without it one row serves all.
+        """
+        rows = rows if self.dropout else 1
+        for known, states in self._known:
+            if known == rows:
+                return states
+        if self._tensors is None:
+            self._tensors = self.parameterization()
+        tensors = {name: self._for(rows, tensor) for name, tensor in self._tensors.items()}
+        states = {
+            site: [None if names is None else (tensors[names[0]], tensors[names[1]]) for names in layers]
+            for site, layers in self.names.items()
+        }
+        self._known.append((rows, states))
+        return states
+
+    def _for(self, rows: int, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.dropout:
+            return tensor[None]
+        return nn.functional.dropout(tensor[None].expand(rows, -1, -1, -1), self.dropout)
 
 
 class PrefixBank(nn.ModuleDict):
@@ -35,6 +79,7 @@ class PrefixBank(nn.ModuleDict):
         self.geometry = geometry
         self.configs: dict[str, PrefixConfig] = {}
         self.active: str | None = None
+        self._names: dict[str, SiteNames] = {}
 
     def install(
         self,
@@ -67,6 +112,13 @@ class PrefixBank(nn.ModuleDict):
         module.add_module(MODULES, weights)
         self[name] = module.train(self.training).requires_grad_(is_trainable)
         self.configs[name] = config
+        self._names[name] = {
+            site: [
+                None if shape is None else (f"{site}.layers.{index}.key", f"{site}.layers.{index}.value")
+                for index, shape in enumerate(layers)
+            ]
+            for site, layers in geometry.sites.items()
+        }
 
     def in_use(self) -> tuple[str, PrefixConfig, DirectPrefix | MLPPrefix]:
         """Name, configuration and parameterization of the active prefix.
@@ -86,40 +138,10 @@ class PrefixBank(nn.ModuleDict):
         assert isinstance(weights, ModuleWeights)
         return weights
 
-    def states(self) -> Callable[[int], SiteStates]:
-        """The active prefix for one call of the base.
-
-        Returns:
-            For a number of rows, keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` by site and layer.
-            They are computed once, so that all passes of a call, and all sites, see the same prefix. Dropout differs
-            between rows; without it one row serves all.
-        """
-        _, config, module = self.in_use()
-        dropout = config.dropout if self.training else 0.0
-        geometry = self.geometry.only(config.sites or self.geometry.sites)
-
-        @cache
-        def plain() -> PrefixTensors:
-            tensors: PrefixTensors = module()
-            return tensors
-
-        @cache
-        def states(rows: int) -> SiteStates:
-            tensors = {
-                name: nn.functional.dropout(tensor[None].expand(rows, -1, -1, -1), dropout)
-                for name, tensor in plain().items()
-            }
-            return {
-                site: [
-                    None
-                    if shape is None
-                    else (tensors[f"{site}.layers.{index}.key"], tensors[f"{site}.layers.{index}.value"])
-                    for index, shape in enumerate(layers)
-                ]
-                for site, layers in geometry.sites.items()
-            }
-
-        return states if dropout else lambda _: states(1)
+    def states(self) -> CallStates:
+        """The active prefix for one call of the base."""
+        name, config, module = self.in_use()
+        return CallStates(module, self._names[name], config.dropout if self.training else 0.0)
 
     def get_extra_state(self) -> torch.Tensor:
         """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""

@@ -37,17 +37,16 @@ class RowOrder:
     def __init__(self, left_padding: torch.Tensor, num_virtual_tokens: int) -> None:
         self.left_padding = left_padding[:, None]
         self.num_virtual_tokens = num_virtual_tokens
-        self._indices: dict[int, torch.Tensor] = {}
+        self._known: tuple[int, torch.Tensor] | None = None
 
     def indices(self, length: int) -> torch.Tensor:
         """For each row, which entry of "prefix, padding, text" comes where; shape `(batch, length)`."""
-        if length not in self._indices:
+        if self._known is None or self._known[0] != length:
             p, pad = self.num_virtual_tokens, self.left_padding
             place = torch.arange(length, device=pad.device)[None, :]
-            self._indices[length] = torch.where(
-                place < pad, place + p, torch.where(place < pad + p, place - pad, place)
-            )
-        return self._indices[length]
+            indices = torch.where(place < pad, place + p, torch.where(place < pad + p, place - pad, place))
+            self._known = (length, indices)
+        return self._known[1]
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Reorder keys or values of shape `(batch, H, length, D)`."""

@@ -10,6 +10,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from .cache import KeyValue, PrefixedLayer
 from .config import Sliding
+from .ownership import Owner
 
 SiteStates = Mapping[str, Sequence[KeyValue | None]]
 """The prefix's keys and values by site and layer."""
@@ -35,7 +36,7 @@ class PrefixCall:
     states: Callable[[int], SiteStates]
     length: int
     sites: tuple[str, ...]
-    owner: str
+    owner: Owner
     sliding: Sliding = "pinned"
     padding_mask: torch.Tensor | None = None
     checkpointed: bool = False

@@ -8,7 +8,7 @@ values go through the checkpoint as inputs, so that gradients reach them whichev
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -26,9 +26,9 @@ _FUNCTIONS = threading.RLock()
 """Held while these are changed: they belong to the base, whichever thread runs it."""
 
 
-def is_checkpointed(base: nn.Module) -> bool:
-    """Whether some layers of a base will run again in the backward pass."""
-    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in base.modules())
+def is_checkpointed(modules: Iterable[nn.Module]) -> bool:
+    """Whether some of these modules will run again in the backward pass."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in modules)
 
 
 def is_reentrant(base: nn.Module) -> bool:

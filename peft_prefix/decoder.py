@@ -31,7 +31,7 @@ from .masks import (
     window_kind,
     with_prefix_columns,
 )
-from .ownership import claim
+from .ownership import Owner, claim
 from .slots import SlotLayer, with_slots, without_slots
 from .structure import Structure
 
@@ -50,8 +50,8 @@ class DecoderInjection:
         self.decoder = structure.decoder
         self.text_config = structure.text_config
         self.is_encoder_decoder = structure.encoder is not None
-        self.signature = inspect.signature(self.decoder.forward)
-        self.takes_positions = "position_ids" in self.signature.parameters
+        self.names = tuple(inspect.signature(self.decoder.forward).parameters)
+        self.takes_positions = "position_ids" in self.names
         self.counts_left_padding = False
         self.first_position = 0
         self.needs_slots = False
@@ -62,14 +62,14 @@ class DecoderInjection:
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of one pass of the decoder by name."""
-        return by_name(self.signature.parameters, args, kwargs)
+        return by_name(self.names, args, kwargs)
 
     def enter(
         self,
         arguments: dict[str, Any],
         prefix: SiteStates,
         p: int,
-        owner: str,
+        owner: Owner,
         sliding: Sliding = "pinned",
         padding_mask: torch.Tensor | None = None,
         checkpointed: bool = False,
@@ -231,7 +231,7 @@ class DecoderInjection:
                 "call model.gradient_checkpointing_disable() or model.eval()."
             )
 
-    def _past(self, arguments: dict[str, Any], owner: str) -> Cache | None:
+    def _past(self, arguments: dict[str, Any], owner: Owner) -> Cache | None:
         past = arguments.get("past_key_values")
         if past is None:
             use_cache = arguments.get("use_cache")

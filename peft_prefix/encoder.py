@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class EncoderInjection:
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self.is_relative = False
+        self.names = () if structure.encoder is None else tuple(inspect.signature(structure.encoder.forward).parameters)
 
     def interventions(self, call: PrefixCall) -> list[Intervention]:
         """What happens to the encoder's passes in one call; nothing, if the prefix has no such site."""
@@ -47,12 +47,11 @@ class EncoderInjection:
         if encoder is None or "encoder" not in call.sites:
             return []
         encoding = _Encoding(call, self.structure, self.is_relative)
-        names = tuple(inspect.signature(encoder.forward).parameters)
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-            arguments = by_name(names, args, kwargs)
+            arguments = by_name(self.names, args, kwargs)
             encoding.begin(arguments.get("attention_mask"))
-            return arguments, ExitStack()
+            return arguments, None
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             encoding.finish()
@@ -69,7 +68,6 @@ class _Encoding:
         self.call = call
         self.structure = structure
         self.is_relative = is_relative
-        self.begin(None)
 
     def begin(self, attention_mask: torch.Tensor | None) -> None:
         """Start a pass with this 2D padding mask."""

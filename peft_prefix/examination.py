@@ -11,6 +11,7 @@ from .errors import PrefixError, UnsupportedModelError
 from .example_inputs import example_inputs
 from .geometry import Geometry
 from .injection import Injection
+from .passes import remove_gates
 from .recording import geometry_of, record
 from .selftest import check_base
 from .structure import find_structure
@@ -36,8 +37,10 @@ def examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
         geometry = check_base(base, injection, geometry)
         _require_unchanged(base, before)
     except PrefixError:
+        remove_gates(base)
         raise
     except Exception as error:
+        remove_gates(base)
         raise UnsupportedModelError(
             f"{type(base).__name__} could not be run with a prefix on a few tokens, so it cannot be used with one: "
             f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

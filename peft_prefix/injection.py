@@ -8,8 +8,8 @@ between the two. Everything around them, heads, image towers, losses, generation
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ from .errors import PrefixInputError, PrefixNotConsumedError
 from .local_windows import LocalWindows
 from .masks import PrefixColumns, WideMasks
 from .ownership import require_encoding
-from .passes import Entered, Intervention, intervening
+from .passes import Entered, Intervention, intervening, keep_gates
 from .structure import Structure
 
 _ABOUT_REAL_TOKENS_ONLY = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -43,8 +43,8 @@ class Injection:
     def __init__(self, base: PreTrainedModel, structure: Structure) -> None:
         self.base = base
         self.structure = structure
-        self.signature = inspect.signature(base.forward)
-        parameters = self.signature.parameters
+        parameters = inspect.signature(base.forward).parameters
+        self.names = tuple(parameters)
         self.accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if len(self.accepted) < len(parameters):
             # What a `**kwargs` of transformers stands for; anything else would vanish in it.
@@ -52,6 +52,8 @@ class Injection:
         self.decoder = DecoderInjection(base, structure)
         self.local_windows = LocalWindows(base)
         self.encoder = EncoderInjection(structure)
+        self.may_be_checkpointed = [one for one in base.modules() if hasattr(one, "gradient_checkpointing")]
+        keep_gates(structure.modules)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call of the base by name.
@@ -59,7 +61,7 @@ class Injection:
         Raises:
             PrefixInputError: An argument is given twice, or too many by position.
         """
-        named = by_name(self.signature.parameters, args, kwargs)
+        named = by_name(self.names, args, kwargs)
         if len(named) != len(args) + len(kwargs):
             raise PrefixInputError("An argument was given twice, by position and by name, or too many by position.")
         return named
@@ -79,12 +81,15 @@ class Injection:
         return named
 
     @contextmanager
-    def injected(self, call: PrefixCall, arguments: Mapping[str, Any]) -> Iterator[None]:
+    def injected(
+        self, call: PrefixCall, arguments: Mapping[str, Any], more: Sequence[Intervention] = ()
+    ) -> Iterator[None]:
         """While this is open, the base runs with a prefix in this context.
 
         Args:
             call: The prefix.
             arguments: The call's arguments by name, in terms of real tokens.
+            more: Other interventions in the same call.
 
         Raises:
             PrefixNotConsumedError: The base has not read the prefix in the end.
@@ -93,7 +98,7 @@ class Injection:
         if self.structure.encoder is not None and arguments.get("encoder_outputs") is not None:
             require_encoding(arguments["encoder_outputs"], call.owner if "encoder" in call.sites else None)
             call.read.add("encoder")
-        call.checkpointed = self.base.training and is_checkpointed(self.base)
+        call.checkpointed = self.base.training and is_checkpointed(self.may_be_checkpointed)
         if call.checkpointed and is_reentrant(self.base) and self._shares_caches():
             raise PrefixInputError(
                 f"Layers of {type(self.base).__name__} read the keys and values of other layers, and reentrant "
@@ -101,7 +106,7 @@ class Injection:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         interventions = self._interventions(call)
-        with intervening(interventions), self._checkpoints(call, interventions):
+        with intervening([*interventions, *more]), self._checkpoints(call, interventions):
             yield
         missing = [site for site in call.sites if site not in call.read]
         if missing:
@@ -164,9 +169,7 @@ class Injection:
                 arguments, states, call.length, call.owner, call.sliding, call.padding_mask, call.checkpointed
             )
             call.cache = entered["past_key_values"]
-            stack = ExitStack()
-            stack.enter_context(self.local_windows.opened(call.length))
-            return entered, stack
+            return entered, self.local_windows.opened(call.length) if self.local_windows.modules else None
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             output = injection.leave(output, arguments)

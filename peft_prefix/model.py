@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +33,11 @@ from .examination import examined
 from .example_inputs import loss_counts_items
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
+from .label_logits import LabelLogits
 from .modules_to_save import ModuleWeights, base_weights, require_called, resolved_modules
-from .ownership import claim, require_encoding
+from .ownership import Owner, claim, require_encoding
 from .parameterization import PrefixTensors
-from .passes import outside_of_calls
+from .passes import Intervention, outside_of_calls
 from .stopping import PositionsUsedUp
 
 DEFAULT_PREFIX = "default"
@@ -84,8 +85,11 @@ class PrefixModel(PreTrainedModel):
         self.geometry = geometry
         self.prefixes = PrefixBank(geometry)
         self._fillings = 0
+        self._owners: dict[str, Owner] = {}
         self._injection = injection
         self._disabled = False
+        self._label_logits = LabelLogits(base)
+        self._label_only_logits = True
         self.train(base.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -134,6 +138,7 @@ class PrefixModel(PreTrainedModel):
         weights = ModuleWeights(self.base, config.modules_to_save or ())
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
         self.prefixes.install(name, config, tensors, self.base.device, weights)
+        self._owner(name, self.prefixes[name])
         self.prefixes.active = name
 
     def set_prefix(self, name: str) -> None:
@@ -223,6 +228,10 @@ class PrefixModel(PreTrainedModel):
         if self._disabled:
             _require_no_prefix(arguments)
             return self.base(**arguments)
+        if self.training and self._label_only_logits and self._takes_labels_only(arguments):
+            labelled = self._label_logits.pass_with(arguments)
+            with self._acting(labelled.arguments, more=[labelled.intervention]):
+                return labelled.finished(self.base(**labelled.arguments))
         with self._acting(arguments):
             return self.base(**arguments)
 
@@ -281,19 +290,45 @@ class PrefixModel(PreTrainedModel):
         criterion = PositionsUsedUp(limit, config.num_virtual_tokens, arguments if is_causal else {})
         return {**arguments, "stopping_criteria": [*(arguments.get("stopping_criteria") or []), criterion]}
 
+    @property
+    def label_only_logits(self) -> bool:
+        """Whether the loss in training computes logits only where there are labels; `True` where the base allows it.
+
+        Loss and gradients are the same; time and memory of the vocabulary projection shrink with the share of labels.
+        The output's `logits` are computed when they are used. Set it to `False` to have them as a tensor.
+
+        Raises:
+            PrefixInputError: It is set to `True` for a base that does not allow it.
+        """
+        return self._label_only_logits and self._label_logits.allowed
+
+    @label_only_logits.setter
+    def label_only_logits(self, value: bool) -> None:
+        if value and not self._label_logits.allowed:
+            raise PrefixInputError(
+                f"{type(self.base).__name__} does something of its own between its head and its loss (such as scaling "
+                "logits, or making decoder inputs from labels), so it needs all of them. Leave label_only_logits as it "
+                "is."
+            )
+        self._label_only_logits = value
+
+    def _takes_labels_only(self, arguments: Mapping[str, Any]) -> bool:
+        # A head of the prefix's own works only inside of a pass.
+        return not self.prefixes.weights().module_names and self._label_logits.applies_to(arguments)
+
     @contextmanager
-    def _acting(self, arguments: Mapping[str, Any], padding_mask: bool = True) -> Iterator[None]:
+    def _acting(
+        self, arguments: Mapping[str, Any], padding_mask: bool = True, more: Sequence[Intervention] = ()
+    ) -> Iterator[None]:
         """While this is open, the base runs with the active prefix and its modules."""
         call = self._call(arguments if padding_mask else {})
-        with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments):
+        with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments, more):
             yield
             require_called()
 
     def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
         """The active prefix, for one call of the base."""
         name, config, module = self.prefixes.in_use()
-        # Caches and encodings from before a training step are as foreign as those of another prefix.
-        version = sum(0 if p.is_inference() else p._version for p in module.parameters())
         # With positions of the user's own, padding is the user's business.
         counts = self._injection.structure.encoder is None and arguments.get("position_ids") is None
         mask = arguments.get("attention_mask") if counts else None
@@ -301,10 +336,19 @@ class PrefixModel(PreTrainedModel):
             states=self.prefixes.states(),
             length=config.num_virtual_tokens,
             sites=config.sites or (),
-            owner=f"{name!r} of model {id(self):x}.{self._fillings}.{version}",
+            owner=self._owner(name, module),
             sliding=config.sliding_window,
             padding_mask=mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
         )
+
+    def _owner(self, name: str, module: nn.Module) -> Owner:
+        """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
+        if not torch.compiler.is_compiling():  # versions are not seen there
+            version = sum(0 if p.is_inference() else p._version for p in module.parameters())
+            label = f"{name!r} of model {id(self):x}.{self._fillings}.{version}"
+            if name not in self._owners or self._owners[name].label != label:
+                self._owners[name] = Owner(label)
+        return self._owners[name]
 
     def _initial(
         self,
@@ -467,6 +511,7 @@ class PrefixModel(PreTrainedModel):
                 stacklevel=2,
             )
         self.prefixes.install(name, config, tensors, self.base.device, weights, is_trainable)
+        self._owner(name, self.prefixes[name])
         self.prefixes.active = self.prefixes.active or name
 
     def state_dict(  # type: ignore[override]

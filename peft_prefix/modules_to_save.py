@@ -12,7 +12,6 @@ import difflib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -78,11 +77,11 @@ class ModuleWeights(nn.Module):
                     "it off, or leave this module out of modules_to_save."
                 )
         switches = {_switch_for(module): name for name, module in modules.items()}
-        token = _acting.set(_Acting(self, switches))
+        before, _running.acting = _running.acting, _Acting(self, switches)
         try:
             yield
         finally:
-            _acting.reset(token)
+            _running.acting = before
             for switch in switches:
                 switch.release()
 
@@ -167,11 +166,11 @@ def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> t
 @contextmanager
 def base_weights() -> Iterator[None]:
     """Inside this context, and in this thread only, the base's modules are its own."""
-    token = _acting.set(None)
+    before, _running.acting = _running.acting, None
     try:
         yield
     finally:
-        _acting.reset(token)
+        _running.acting = before
 
 
 def require_called() -> None:
@@ -180,7 +179,7 @@ def require_called() -> None:
     Raises:
         PrefixNotConsumedError: The base ran around one.
     """
-    acting = _acting.get()
+    acting = _running.acting
     idle = [] if acting is None else [name for switch, name in acting.switches.items() if switch not in acting.called]
     if idle:
         raise PrefixNotConsumedError(
@@ -198,6 +197,13 @@ class _Acting:
         self.called: set[_Switch] = set()
 
 
+class _Running(threading.local):
+    """What acts in this thread (the compiler would take a class attribute for a constant)."""
+
+    def __init__(self) -> None:
+        self.acting: _Acting | None = None
+
+
 class _Switch:
     """Stands in for a module's forward and decides, pass by pass, whose weights do the work."""
 
@@ -210,7 +216,7 @@ class _Switch:
         self.passes = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        acting = _acting.get()
+        acting = _running.acting
         name = None if acting is None else acting.switches.get(self)
         if acting is None or name is None:
             return self.usual(*args, **kwargs)
@@ -227,7 +233,7 @@ class _Switch:
                 delattr(self.module, self.place)
 
 
-_acting: ContextVar[_Acting | None] = ContextVar("_acting", default=None)
+_running = _Running()
 _lock = threading.Lock()
 _FORWARDS = ("forward", "_old_forward")
 

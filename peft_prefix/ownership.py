@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,22 @@ _OWNER = "_prefix_owner"
 """Attribute of a user's cache or tensor that says which prefix it was made with."""
 
 
-def claim(cache: Cache, owner: str | None) -> None:
+@dataclass(frozen=True)
+class Owner:
+    """A prefix with the numbers that it has now.
+
+    Args:
+        label: What to call it; another prefix, or another state of it, has another one.
+    """
+
+    label: str
+
+    def __deepcopy__(self, _: Any) -> Owner:
+        """Itself: the copy of a cache was made with the same prefix."""
+        return self
+
+
+def claim(cache: Cache, owner: Owner | None) -> None:
     """Note that the tokens of a cache are read with this prefix (or with none), after checking that all were.
 
     Raises:
@@ -23,42 +39,49 @@ def claim(cache: Cache, owner: str | None) -> None:
     setattr(cache, _OWNER, owner)
 
 
-def require_owner(cache: Cache, owner: str | None) -> None:
+def require_owner(cache: Cache, owner: Owner | None) -> None:
     """Check that every token of a cache was read with this prefix (or with none, if `owner` is `None`).
 
     Raises:
         PrefixInputError: The cache holds tokens that were read in another way, so continuing it would be wrong.
     """
-    found = getattr(cache, _OWNER, None)
-    if found == owner or cache.get_seq_length() == 0:
+    found: Owner | None = getattr(cache, _OWNER, None)
+    if torch.compiler.is_compiling():  # labels change with every training step, which would be compiled again each time
+        known = (found is None) == (owner is None) or cache.is_compileable
+    else:
+        known = found == owner
+    if known or cache.get_seq_length() == 0:
         return
-    read_with = "without a prefix" if found is None else f"with prefix {found}"
-    wanted = "without a prefix" if owner is None else f"with prefix {owner}"
+    read_with = "without a prefix" if found is None else f"with prefix {found.label}"
+    wanted = "without a prefix" if owner is None else f"with prefix {owner.label}"
     raise PrefixInputError(
         f"This cache holds {int(cache.get_seq_length())} tokens that were read {read_with} and cannot be continued "
         f"{wanted}. Pass an empty cache, or one that was returned under the same prefix."
     )
 
 
-def sign_encoding(output: Any, owner: str) -> None:
+def sign_encoding(output: Any, owner: Owner) -> None:
     """Note that an encoder's output was made with this prefix."""
-    setattr(_hidden_states(output), _OWNER, owner)
+    if not torch.compiler.is_compiling():  # there it would be lost, and the encoding refused
+        setattr(_hidden_states(output), _OWNER, owner)
 
 
-def require_encoding(output: Any, owner: str | None) -> None:
+def require_encoding(output: Any, owner: Owner | None) -> None:
     """Check that an encoder's output was made with this prefix (or with none, if `owner` is `None`).
 
     Raises:
         PrefixInputError: It was not, so the encoder's prefix would be missing, or another one would act.
     """
-    found = getattr(_hidden_states(output), _OWNER, None)
+    if torch.compiler.is_compiling():  # marks of tensors are not seen there
+        return
+    found: Owner | None = getattr(_hidden_states(output), _OWNER, None)
     if found == owner:
         return
     made_with = (
         "are not known to come from this model's encoder prefix: they were made without it, or changed since (clone, "
         "slice, dtype)"
         if found is None
-        else f"were made with prefix {found}"
+        else f"were made with prefix {found.label}"
     )
     remedy = "base.get_encoder()(...)" if owner is None else "model.get_encoder()(...)"
     raise PrefixInputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast, get_args
 
 import torch
@@ -79,7 +79,7 @@ def _listening(structure: Structure, record: Recording) -> list[Intervention]:
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         arguments = by_name(names, args, kwargs)
         lengths.append(new_tokens_of(arguments).shape[1])
-        return arguments, ExitStack()
+        return arguments, None
 
     def into(cache: Cache) -> Callable[[torch.Tensor, torch.Tensor], None]:
         return lambda keys, values: cast("None", cache.update(keys, values, 0))

@@ -21,6 +21,7 @@ from .errors import PrefixWarning, UnsupportedModelError
 from .example_inputs import ordinary_ids, source_inputs
 from .geometry import Geometry
 from .injection import Injection
+from .ownership import Owner
 from .passes import intervening
 from .recording import record, recording
 from .structure import evaluation_mode, give_cache
@@ -195,7 +196,7 @@ class _Trial:
             self.injection.decoder.first_position = int(positions[0, 0])
 
     def _call(self, **states: Sequence[KeyValue | None]) -> PrefixCall:
-        return PrefixCall(states=lambda rows: states, length=_P, sites=tuple(states), owner="the self-test")
+        return PrefixCall(states=lambda rows: states, length=_P, sites=tuple(states), owner=Owner("the self-test"))
 
     def _require(self, equal: bool, site: str) -> None:
         if not equal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .cache import PrefixedLayer
 from .cache_encoder_decoder import SuppliedCache
 from .errors import UnsupportedModelError
 from .example_inputs import example_inputs, ordinary_ids, source_inputs
-from .passes import Intervention, intervening
+from .passes import Entered, Intervention, intervening
 from .written_out import Layout, layout_of
 
 
@@ -47,6 +47,12 @@ class Structure:
     written_out: tuple[Layout, ...] = ()
     cross_attention: tuple[AttentionModule, ...] = ()
     self_attention: tuple[AttentionModule, ...] = ()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module whose forward passes a call with a prefix changes, except for those of written-out attention."""
+        attention = (*self.encoder_attention, *self.self_attention, *self.cross_attention)
+        return [self.decoder, *([] if self.encoder is None else [self.encoder]), *(one.module for one in attention)]
 
     @property
     def text_config(self) -> Any:
@@ -128,11 +134,11 @@ def give_cache(model: nn.Module, cache: Cache) -> Intervention:
     """Let a model that takes a cache have this one, whatever runs around it."""
     parameters = inspect.signature(model.forward).parameters
 
-    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], ExitStack]:
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         arguments = by_name(parameters, args, {**kwargs, "past_key_values": cache})
         if "use_cache" in parameters:
             arguments["use_cache"] = True
-        return arguments, ExitStack()
+        return arguments, None
 
     return Intervention(model, enter)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -222,10 +221,7 @@ class WrittenOut:
         layout = self.layout
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-            arguments = self._begin(args, kwargs)
-            stack = ExitStack()
-            stack.enter_context(_WiderSoftmax(self, prefix, bias))
-            return arguments, stack
+            return self._begin(args, kwargs), _WiderSoftmax(self, prefix, bias)
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             if layout.output is None:
@@ -250,7 +246,7 @@ class WrittenOut:
         layout = self.layout
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-            return self._begin(args, kwargs), ExitStack()
+            return self._begin(args, kwargs), None
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             run = self._run()
@@ -278,7 +274,7 @@ class WrittenOut:
             return output
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
-            return {"input": args[0]}, ExitStack()
+            return {"input": args[0]}, None
 
         return Intervention(getattr(self.layout.module, name), enter, leave)
 
@@ -288,7 +284,7 @@ class WrittenOut:
 
     def _before_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         run, states = self._run(), args[0]
-        return {"input": states + self._result(run, states.shape[1])}, ExitStack()
+        return {"input": states + self._result(run, states.shape[1])}, None
 
     def _result(self, run: _Pass, length: int) -> torch.Tensor:
         """What the prefix adds to a merged result, `(batch, length, H * D)`."""

