@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import ModelOutput
 
 from .arguments import by_name, new_tokens_of
@@ -32,6 +31,7 @@ from .masks import (
     with_prefix_columns,
 )
 from .ownership import Owner, claim
+from .packing import is_packed
 from .slots import SlotLayer, with_slots, without_slots
 from .structure import Structure
 
@@ -96,6 +96,9 @@ class DecoderInjection:
         if own is None:
             p = 0
         new_tokens = new_tokens_of(arguments)
+        if p and self._is_packed(arguments):
+            self._require_separate_texts(arguments)
+            arguments = {**arguments, "use_cache": False}  # with one, also the base itself would mix the texts
         if checkpointed:
             self._require_no_cache(arguments)
         past = None if checkpointed else self._past(arguments, owner)
@@ -176,7 +179,7 @@ class DecoderInjection:
         kind = window_kind(self.text_config)
         is_prepared = mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)
         text_positions = self._text_positions(positions)
-        packed = mask is None and past is None and text_positions is not None and _is_packed(text_positions)
+        packed = mask is None and past is None and text_positions is not None and is_packed(text_positions)
         # Windows would hide the prefix, and recurrent layers take a mask of real tokens beside attention's with it.
         special = self.has_windows or packed or any(self.recurrent)
         if (self.has_windows or packed) and str(self.text_config._attn_implementation).startswith("flash"):
@@ -222,6 +225,25 @@ class DecoderInjection:
             PrefixedCache(prefix.get("cross") or [None] * layers, past_cross, layer_type=PrefixedCrossLayer),
             past,
         )
+
+    def _is_packed(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the new tokens are several texts, which the model tells by their positions if it gets no mask."""
+        positions = self._text_positions(arguments.get("position_ids"))
+        if positions is None or positions.shape[-1] == 1 or arguments.get("attention_mask") is not None:
+            return False
+        return not torch.compiler.is_compiling() and is_packed(positions)
+
+    def _require_separate_texts(self, arguments: Mapping[str, Any]) -> None:
+        if any(self.recurrent):
+            raise PrefixInputError(
+                f"{self.name} has recurrent layers, which would carry what they know from one packed text into the "
+                "next. Give the texts as rows of a padded batch, without position_ids."
+            )
+        if arguments.get("past_key_values") is not None:
+            raise PrefixInputError(
+                "position_ids start again, as in packed texts, and a cache cannot keep those apart. Leave "
+                "past_key_values out, or give the texts as rows of a padded batch."
+            )
 
     def _require_no_cache(self, arguments: Mapping[str, Any]) -> None:
         past = arguments.get("past_key_values")
@@ -336,10 +358,6 @@ class DecoderInjection:
             f"{self.position_limit}. Shorten the text (max_length={self.position_limit - p} in the tokenizer) or use "
             "fewer virtual tokens."
         )
-
-
-def _is_packed(positions: torch.Tensor) -> bool:
-    return find_packed_sequence_indices(positions) is not None
 
 
 def _position_limit(text_config: Any) -> int | None:

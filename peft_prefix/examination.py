@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,10 +33,11 @@ def examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
     """
     before = _parts(base)
     try:
-        structure = find_structure(base)
-        geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
-        injection = Injection(base, structure)
-        geometry = check_base(base, injection, geometry)
+        with _full_precision(base.device):
+            structure = find_structure(base)
+            geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
+            injection = Injection(base, structure)
+            geometry = check_base(base, injection, geometry)
         _require_unchanged(base, before)
     except PrefixError:
         remove_gates(base)
@@ -46,6 +49,13 @@ def examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
             f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         ) from error
     return geometry, injection
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Without the user's autocast, whose rounding would look like a base that reads a prefix wrongly."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _parts(base: PreTrainedModel) -> _Parts:

@@ -25,10 +25,11 @@ from .errors import PrefixInputError, PrefixNotConsumedError
 from .local_windows import LocalWindows
 from .masks import PrefixColumns, WideMasks
 from .ownership import require_encoding
+from .packing import REPEATS
 from .passes import Entered, Intervention, intervening, keep_gates
 from .structure import Structure
 
-_ABOUT_REAL_TOKENS_ONLY = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_ABOUT_REAL_TOKENS_ONLY = {"position_ids", *REPEATS}
 """Keywords that some models take silently and that would be wrong, or without effect, with a prefix."""
 
 
@@ -43,12 +44,9 @@ class Injection:
     def __init__(self, base: PreTrainedModel, structure: Structure) -> None:
         self.base = base
         self.structure = structure
-        parameters = inspect.signature(base.forward).parameters
-        self.names = tuple(parameters)
-        self.accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        if len(self.accepted) < len(parameters):
-            # What a `**kwargs` of transformers stands for; anything else would vanish in it.
-            self.accepted |= {"return_dict", "use_cache", *TransformersKwargs.__annotations__} - _ABOUT_REAL_TOKENS_ONLY
+        signature = inspect.signature(base.forward)
+        self.names = tuple(signature.parameters)
+        self.accepted = _accepted(signature)
         self.decoder = DecoderInjection(base, structure)
         self.local_windows = LocalWindows(base)
         self.encoder = EncoderInjection(structure)
@@ -73,11 +71,14 @@ class Injection:
             PrefixInputError: Also for a keyword that the base would ignore.
         """
         named = self.named(args, kwargs)
-        unknown = sorted(name for name in named if name not in self.accepted)
-        if unknown:
-            raise PrefixInputError(
-                f"The base model does not understand {', '.join(unknown)}; it takes {', '.join(sorted(self.accepted))}."
-            )
+        _require_known(named, self.accepted)
+        return named
+
+    def understood_by(self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for a part of the base."""
+        signature = inspect.signature(part.forward)
+        named = by_name(signature.parameters, args, kwargs)
+        _require_known(named, _accepted(signature))
         return named
 
     @contextmanager
@@ -177,3 +178,23 @@ class Injection:
             return output
 
         return Intervention(injection.decoder, enter, leave)
+
+
+def _accepted(signature: inspect.Signature) -> set[str]:
+    """Names of the arguments that a forward function reads."""
+    parameters = signature.parameters
+    accepted = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    if len(accepted) < len(parameters):
+        # What a `**kwargs` of transformers stands for; anything else would vanish in it.
+        accepted |= {"return_dict", "use_cache", *TransformersKwargs.__annotations__} - _ABOUT_REAL_TOKENS_ONLY
+        if "position_ids" in accepted:
+            accepted |= set(REPEATS)
+    return accepted
+
+
+def _require_known(named: Mapping[str, Any], accepted: set[str]) -> None:
+    unknown = sorted(name for name in named if name not in accepted)
+    if unknown:
+        raise PrefixInputError(
+            f"The base model does not understand {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}."
+        )

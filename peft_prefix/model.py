@@ -31,11 +31,13 @@ from .errors import (
 )
 from .examination import examined
 from .example_inputs import loss_counts_items
+from .headless import Headless
 from .hub import locate_prefix
 from .initializers import InitInputs, initial_tensors
 from .label_logits import LabelLogits
 from .modules_to_save import ModuleWeights, base_weights, require_called, resolved_modules
 from .ownership import Owner, claim, require_encoding
+from .packing import without_repeats
 from .parameterization import PrefixTensors
 from .passes import Intervention, outside_of_calls
 from .stopping import PositionsUsedUp
@@ -228,6 +230,7 @@ class PrefixModel(PreTrainedModel):
         if self._disabled:
             _require_no_prefix(arguments)
             return self.base(**arguments)
+        arguments = without_repeats(arguments)
         if self.training and self._label_only_logits and self._takes_labels_only(arguments):
             labelled = self._label_logits.pass_with(arguments)
             with self._acting(labelled.arguments, more=[labelled.intervention]):
@@ -558,6 +561,26 @@ class PrefixModel(PreTrainedModel):
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
+
+    @property
+    def base_model(self) -> Any:
+        """The base without its head, as transformers calls it, with the active prefix.
+
+        Called with the arguments of the base's own `base_model`, it returns that one's output. The base itself is
+        `base`.
+        """
+        part: PreTrainedModel = self.base.base_model
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            arguments = self._injection.understood_by(part, args, kwargs)
+            if self._disabled:
+                _require_no_prefix(arguments)
+                return part(**arguments)
+            arguments = without_repeats(arguments)
+            with self._acting(arguments):
+                return part(**arguments)
+
+        return Headless(part, run)
 
     @property
     def generation_config(self) -> Any:
