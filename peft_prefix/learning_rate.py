@@ -1,7 +1,8 @@
-"""A warning for learning rates that would leave a directly trained prefix where it started.
+"""Warnings for a first optimizer step that leaves a directly trained prefix where it started.
 
 Keys and values that are parameters themselves need steps some hundred times larger than weights do. The Trainer's
 default of 5e-5 moves them so little that training looks broken, which is the most common way to fail with this method.
+Much rarer, no gradient arrives at all: some kernels of quantized bases are made for generation and have no backward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SMALLEST_USEFUL_LEARNING_RATE = 1e-3
 
 
 class LearningRateWatch:
-    """Looks once at the first optimizer step that contains the given parameters.
+    """Looks once, at the first optimizer step that contains the given parameters: at its rate and for gradients.
 
     Args:
         parameters: The keys and values that are trained directly.
@@ -49,6 +50,15 @@ class LearningRateWatch:
         for group in [] if self._done else optimizer.param_groups:
             if any(parameter in self._parameters for parameter in group["params"]):
                 self._done = True
+                closure = [given for given in (*args[1:], *kwargs.values()) if given is not None]
+                if not closure and not _has_gradients(optimizer):
+                    warnings.warn(
+                        "The optimizer makes its first step, and no gradient has reached the prefix. Either nothing "
+                        "called backward(), or an operation of the base has no backward: for example, bitsandbytes' "
+                        "4-bit layers on a CPU are for generation only.",
+                        PrefixWarning,
+                        stacklevel=2,
+                    )
                 # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
                 rate = float(max(group["lr"], group.get("initial_lr", 0.0)))
                 if rate < SMALLEST_USEFUL_LEARNING_RATE:
@@ -60,3 +70,7 @@ class LearningRateWatch:
                         stacklevel=2,
                     )
                 return
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

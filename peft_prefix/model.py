@@ -569,7 +569,7 @@ class PrefixModel(PreTrainedModel):
         Called with the arguments of the base's own `base_model`, it returns that one's output. The base itself is
         `base`.
         """
-        part: PreTrainedModel = self.base.base_model
+        part = cast("PreTrainedModel", self.base.base_model)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = self._injection.understood_by(part, args, kwargs)

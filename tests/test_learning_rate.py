@@ -62,3 +62,27 @@ def test_a_smaller_one_is_recommended_where_a_head_is_trained_too() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
     with pytest.warns(PrefixWarning, match="learning_rate=0.01"):
         optimizer.step()
+
+
+def test_a_step_without_any_gradient_draws_a_warning() -> None:
+    model = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    with pytest.warns(PrefixWarning, match="no gradient has reached the prefix"):
+        optimizer.step()
+    model(input_ids=tokens(1, 4)).logits.sum().backward()
+    optimizer.step()
+
+
+def test_an_optimizer_that_computes_gradients_itself_draws_none() -> None:
+    model = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=3e-2, max_iter=1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens(1, 4)).logits.square().mean()
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrefixWarning)
+        optimizer.step(closure)

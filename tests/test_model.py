@@ -19,6 +19,7 @@ from peft_prefix import (
     PrefixFileError,
     PrefixInputError,
     PrefixModel,
+    PrefixNotConsumedError,
     get_prefix_model,
 )
 
@@ -28,6 +29,33 @@ def test_the_docstrings_examples_run() -> None:
         results = doctest.testmod(module)
         assert results.attempted > 0
         assert results.failed == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+def test_the_base_model_of_transformers_is_the_base_without_its_head_and_with_the_prefix(family: str) -> None:
+    """Trainers with a loss of their own, such as TRL's, run it instead of the model."""
+    model = random_model(FAMILIES[family].build())
+    arguments = dict(input_ids=tokens(2, 6), attention_mask=torch.ones(2, 6, dtype=torch.long))
+    if family == "bart":
+        arguments["decoder_input_ids"] = tokens(2, 6)
+    with torch.no_grad():
+        hidden = model.base_model(**arguments).last_hidden_state
+        torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**arguments).logits)
+        with model.disable_prefix():
+            plain = model.base_model(**arguments).last_hidden_state
+        assert torch.equal(plain, model.base.base_model(**arguments).last_hidden_state)
+        assert (plain - hidden).abs().max() > 1e-2
+    model.base_model(**arguments).last_hidden_state.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.prefixes.parameters())
+    with pytest.raises(PrefixInputError, match="does not understand labels"):
+        model.base_model(**arguments, labels=tokens(2, 6))
+    assert model.base_model.get_input_embeddings() is model.base.get_input_embeddings()
+
+
+def test_a_head_that_the_base_model_leaves_out_is_missed() -> None:
+    model = random_model(FAMILIES["llama"].build(), modules_to_save=["lm_head"])
+    with pytest.raises(PrefixNotConsumedError, match="lm_head"):
+        model.base_model(input_ids=tokens(1, 4))
 
 
 def test_it_is_a_model_of_the_bases_architecture_to_transformers() -> None:
