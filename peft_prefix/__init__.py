@@ -1,5 +1,6 @@
 """Prefix-tuning (Li & Liang 2021) for any causal or encoder-decoder model of transformers."""
 
+from .collator import PromptTargetCollator
 from .config import PrefixConfig
 from .errors import (
     IncompatibleBaseError,
@@ -27,6 +28,7 @@ __all__ = [
     "PrefixModel",
     "PrefixNotConsumedError",
     "PrefixWarning",
+    "PromptTargetCollator",
     "UnsupportedModelError",
     "__version__",
     "get_prefix_model",
