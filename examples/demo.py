@@ -16,15 +16,9 @@ import smollm2
 import table_to_text as t2t
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
+from peft_prefix import PrefixConfig, PrefixModel, PromptTargetCollator, get_prefix_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,13 +39,11 @@ def main() -> None:
     development = t2t.draw(development, options.dev_examples, options.seed)
     print(f"\nModel: {model_origin}\nData:  {data_origin}: {len(training)} training, {len(development)} held out\n")
 
-    collate = DataCollatorForSeq2Seq(tokenizer)
-    train_rows = [t2t.encode(example, tokenizer) for example in training]
-    dev_rows = [t2t.encode(example, tokenizer) for example in development]
-
     config = PrefixConfig(num_virtual_tokens=options.virtual_tokens, init_seed=options.seed)
     model = get_prefix_model(base, config)
     model.print_trainable_parameters()
+    collate = PromptTargetCollator(tokenizer, model)
+    train_rows, dev_rows = ([t2t.row_of(example) for example in part] for part in (training, development))
     with model.disable_prefix():
         without = t2t.loss_per_token(model, dev_rows, collate)
     before = t2t.loss_per_token(model, dev_rows, collate)

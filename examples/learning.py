@@ -19,9 +19,9 @@ import smollm2
 import table_to_text as t2t
 import torch
 import transformers
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from peft_prefix import PrefixConfig, __version__, get_prefix_model
+from peft_prefix import PrefixConfig, PromptTargetCollator, __version__, get_prefix_model
 
 VIRTUAL_TOKENS = 40
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
@@ -36,14 +36,14 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 class Task:
-    """The data of the measurement, tokenized, and the text of the `text` initializer."""
+    """The data of the measurement, and the text of the `text` initializer."""
 
-    def __init__(self, tokenizer: Any, data: str | None) -> None:
+    def __init__(self, base: Any, tokenizer: Any, data: str | None) -> None:
         training = t2t.draw(t2t.load(data, "train")[0], 200, seed=0)
         held_out = t2t.draw(t2t.load(data, "dev")[0], 64, seed=0)
-        self.train = [t2t.encode(example, tokenizer) for example in training]
-        self.dev = [t2t.encode(example, tokenizer) for example in held_out]
-        self.collate = DataCollatorForSeq2Seq(tokenizer)
+        self.train = [t2t.row_of(example) for example in training]
+        self.dev = [t2t.row_of(example) for example in held_out]
+        self.collate = PromptTargetCollator(tokenizer, base)
         texts = [f"Describe the restaurant .\n{t2t.prompt_of(example)}{example.target}\n" for example in training]
         self.text = max(
             (text for text in texts if len(tokenizer(text)["input_ids"]) <= VIRTUAL_TOKENS),
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
 
     base, tokenizer, origin = smollm2.load(options.model)
-    task = Task(tokenizer, options.data)
+    task = Task(base, tokenizer, options.data)
     without = t2t.loss_per_token(base, task.dev, task.collate)
     print(f"base model {origin}: {without:.3f} nats per token\n\ntext: {task.text!r}\n")
     print("| method | seed | trained numbers | before | after | seconds |\n| --- | --- | --- | --- | --- | --- |")

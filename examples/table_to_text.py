@@ -1,4 +1,4 @@
-"""Table-to-text as a training task: E2E examples, tokens with the table masked out of the loss, dev loss."""
+"""Table-to-text as a training task: E2E examples as rows with a prompt and a target, dev loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a token that is not learned."""
@@ -67,11 +66,9 @@ def prompt_of(example: Example) -> str:
     return f"{example.table}\n"
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Token ids and labels; the prompt is not learned, the end of the text is."""
-    prompt = tokenizer(prompt_of(example))["input_ids"]
-    target = tokenizer(example.target)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
+def row_of(example: Example) -> dict[str, str]:
+    """One row for a collator."""
+    return {"prompt": prompt_of(example), "target": example.target}
 
 
 @torch.no_grad()

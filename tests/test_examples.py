@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,32 @@ def test_the_readmes_code_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "restaurants" / "prefix.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:'pin_memory' argument is set:UserWarning", "ignore:`gradient_checkpointing:FutureWarning"
+)
+def test_the_code_about_training_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the packages' own futures
+        for package in ("datasets", "trl", "torchao"):
+            pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {
+        "base": transformers.AutoModelForCausalLM.from_pretrained(tiny),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(tiny),
+        "name": str(tiny),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        block = block.replace("packing=True", "packing=True, use_cpu=True")  # the page says so
+        exec(compile(block, "training.md", "exec"), names)
+    assert (tmp_path / "restaurants" / "prefix.safetensors").is_file()
+    trainer = names["trainer"]
+    assert isinstance(trainer, transformers.Trainer)
+    trainer.args.max_steps, trainer.args.learning_rate = 1, 3e-2
+    trainer.train()
 
 
 @pytest.mark.slow
