@@ -53,7 +53,7 @@ def examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
 
 def _full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Without the user's autocast, whose rounding would look like a base that reads a prefix wrongly."""
-    if not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -331,6 +331,36 @@ def test_a_base_of_int8_weights(family: str, tmp_path: Path) -> None:
     PrefixModel.from_pretrained(base, tmp_path / "prefix")
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_the_trainer_trains_a_prefix_on_a_quantized_base(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    base = quantized("llama", tmp_path, TorchAoConfig(Int8WeightOnlyConfig()))
+    model = random_model(base)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            max_steps=6,
+            learning_rate=3e-2,
+            logging_steps=1,
+            gradient_checkpointing=True,
+            bf16=True,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Rows(model),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    loaded = PrefixModel.from_pretrained(base, tmp_path / "checkpoint-6")
+    for name, tensor in model.prefix_state_dict().items():
+        assert torch.equal(loaded.prefix_state_dict()[name], tensor)
+
+
 WIDTHS = {
     "llama": dict(intermediate_size=128),
     "gpt2": {},
