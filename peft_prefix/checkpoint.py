@@ -242,7 +242,9 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
         for name, weight in base.named_parameters()
         if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out)
     )
-    quantized = getattr(base, "hf_quantizer", None) is not None
+    # Those that are quantized in place or sharded are tensors of classes of their own.
+    own_class = any(type(weight.detach()) is not torch.Tensor for _, weight in matrices)
+    quantized = own_class or getattr(base, "hf_quantizer", None) is not None
     if quantized or not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
         return None
     count = min(64, len(matrices))

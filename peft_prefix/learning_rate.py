@@ -50,15 +50,8 @@ class LearningRateWatch:
         for group in [] if self._done else optimizer.param_groups:
             if any(parameter in self._parameters for parameter in group["params"]):
                 self._done = True
-                closure = [given for given in (*args[1:], *kwargs.values()) if given is not None]
-                if not closure and not _has_gradients(optimizer):
-                    warnings.warn(
-                        "The optimizer makes its first step, and no gradient has reached the prefix. Either nothing "
-                        "called backward(), or an operation of the base has no backward: for example, bitsandbytes' "
-                        "4-bit layers on a CPU are for generation only.",
-                        PrefixWarning,
-                        stacklevel=2,
-                    )
+                if not any(given is not None for given in (*args[1:], *kwargs.values())):  # no closure to find them
+                    self._look_for_gradients(optimizer)
                 # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
                 rate = float(max(group["lr"], group.get("initial_lr", 0.0)))
                 if rate < SMALLEST_USEFUL_LEARNING_RATE:
@@ -71,6 +64,17 @@ class LearningRateWatch:
                     )
                 return
 
-
-def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    def _look_for_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        own = [one for one in parameters if one in self._parameters and one.requires_grad]
+        reached = sum(parameter.grad is not None for parameter in own)
+        is_idle = reached == 0 and any(parameter.grad is not None for parameter in parameters)  # another prefix learns
+        if reached == len(own) or is_idle:
+            return
+        warnings.warn(
+            f"The optimizer makes its first step, and no gradient has reached {len(own) - reached} of the prefix's "
+            f"{len(own)} tensors. Either nothing called backward(), or an operation of the base has no backward: for "
+            "example, bitsandbytes' 4-bit layers on a CPU are for generation only.",
+            PrefixWarning,
+            stacklevel=3,
+        )

@@ -67,10 +67,19 @@ def test_a_smaller_one_is_recommended_where_a_head_is_trained_too() -> None:
 def test_a_step_without_any_gradient_draws_a_warning() -> None:
     model = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    with pytest.warns(PrefixWarning, match="no gradient has reached the prefix"):
+    with pytest.warns(PrefixWarning, match="no gradient has reached 6 of the prefix's 6 tensors"):
         optimizer.step()
     model(input_ids=tokens(1, 4)).logits.sum().backward()
     optimizer.step()
+
+
+def test_a_layer_that_learns_nothing_draws_a_warning() -> None:
+    model = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    model.base.model.layers[0].self_attn.o_proj.register_forward_hook(lambda module, inputs, output: output.detach())
+    model(input_ids=tokens(1, 4)).logits.sum().backward()
+    with pytest.warns(PrefixWarning, match="no gradient has reached 2 of the prefix's 6 tensors"):
+        optimizer.step()
 
 
 def test_an_optimizer_that_computes_gradients_itself_draws_none() -> None:
