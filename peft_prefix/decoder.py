@@ -231,13 +231,16 @@ class DecoderInjection:
         positions = self._text_positions(arguments.get("position_ids"))
         if positions is None or positions.shape[-1] == 1 or arguments.get("attention_mask") is not None:
             return False
-        return not torch.compiler.is_compiling() and is_packed(positions)
+        if torch.compiler.is_compiling():  # numbers are not seen there, so it may be
+            return arguments.get("past_key_values") is None and not arguments.get("use_cache")
+        return is_packed(positions)
 
     def _require_separate_texts(self, arguments: Mapping[str, Any]) -> None:
         if any(self.recurrent):
             raise PrefixInputError(
                 f"{self.name} has recurrent layers, which would carry what they know from one packed text into the "
-                "next. Give the texts as rows of a padded batch, without position_ids."
+                "next. Give the texts as rows of a padded batch, without position_ids. (In compiled code positions "
+                "count as packed where no attention_mask is given.)"
             )
         if arguments.get("past_key_values") is not None:
             raise PrefixInputError(

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
+from peft_prefix import PrefixConfig, PrefixInputError, PrefixModel, get_prefix_model
 
 every_family = pytest.mark.parametrize("family", KINDS)
 
@@ -268,3 +268,17 @@ def test_the_trainer_compiles(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] > 0
     for name, tensor in compiled.prefix_state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_packed_texts_stay_apart_when_compiled() -> None:
+    model = random_model(KINDS["gemma3_text"].build("sdpa"))
+    first, second = tokens(1, 10), tokens(1, 12, seed=5)
+    packed = dict(input_ids=torch.cat([first, second], dim=1))
+    packed["position_ids"] = torch.cat([torch.arange(10), torch.arange(12)])[None]
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=first).logits, model(input_ids=second).logits], dim=1)
+        for mode in (True, False):
+            compiled = torch.compile(model.train(mode), backend="eager")
+            torch.testing.assert_close(compiled(**packed).logits, expected, rtol=0, atol=1e-5)
+    with pytest.raises(PrefixInputError, match="recurrent"):
+        torch.compile(random_model(KINDS["qwen3_next"].build()), backend="eager")(**packed)
