@@ -66,6 +66,7 @@ def peak_of_step(
     label_only: bool = False,
 ) -> float:
     """MiB that one training step needs on top of the model."""
+    transformers.utils.logging.disable_progress_bar()
     base, _, _ = smollm2.load(model_name)
     ids = torch.randint(100, base.config.vocab_size, (batch, length))
     labels = ids.clone()

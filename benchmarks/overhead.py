@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--decoding-rounds", type=int, default=9)
     options = parser.parse_args()
 
+    transformers.utils.logging.disable_progress_bar()
     base, _, origin = smollm2.load(options.model)
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=options.virtual_tokens))
     ids = torch.randint(100, base.config.vocab_size, (options.batch, options.length))
