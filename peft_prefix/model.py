@@ -21,6 +21,7 @@ from .architecture import specialized
 from .bank import PrefixBank
 from .call import PrefixCall
 from .config import PrefixConfig
+from .continuous_batching import RequestModel
 from .errors import (
     IncompatibleBaseError,
     PrefixConfigError,
@@ -92,6 +93,7 @@ class PrefixModel(PreTrainedModel):
         self._disabled = False
         self._label_logits = LabelLogits(base)
         self._label_only_logits = True
+        self._request_model: RequestModel | None = None
         self.train(base.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -244,11 +246,7 @@ class PrefixModel(PreTrainedModel):
         The prefix counts neither as prompt nor as generated text: `max_new_tokens`, `max_length`, stopping criteria
         and returned sequences are about real tokens.
         """
-        if not self.can_generate():
-            raise PrefixInputError(
-                f"{type(self.base).__name__} has no language model's head and cannot generate. Load the base with "
-                "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
-            )
+        self._require_head()
         if self._disabled:
             _require_no_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
@@ -275,14 +273,69 @@ class PrefixModel(PreTrainedModel):
 
         return encode
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """A manager of continuous batching, as the base's, for requests with the prefix that is active now.
+
+        It stays with this prefix: once another one is active, or this one is trained on or disabled, it takes no more
+        requests.
+
+        Raises:
+            PrefixInputError: The base cannot serve requests with a prefix.
+        """
+        return self._requests().init_continuous_batching(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; see `init_continuous_batching`."""
+        return self._requests().continuous_batching_context_manager(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate for many requests by continuous batching; arguments and results are those of the base's method."""
+        return self._requests().generate_batch(*args, **kwargs)
+
+    def destroy_cached_continuous_batching_manager(self) -> None:
+        """Give back what `persistent_manager=True` has kept."""
+        for model in (self._request_model, self.base):
+            if model is not None:
+                cast("Any", model).destroy_cached_continuous_batching_manager()
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' adapters are PEFT's."""
         raise PrefixInputError("Prefixes are no PEFT adapters: use load_prefix, add_prefix and set_prefix.")
 
     add_adapter = set_adapter = load_adapter
 
+    def _require_head(self) -> None:
+        if not self.can_generate():
+            raise PrefixInputError(
+                f"{type(self.base).__name__} has no language model's head and cannot generate. Load the base with "
+                "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
+            )
+
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
+
+    def _requests(self) -> Any:
+        """What serves batches of requests: the base, with the active prefix if it is not disabled."""
+        self._require_head()
+        if self._disabled:
+            return self.base
+        owner, known = self._owner(), self._request_model
+        if known is not None and known.owner == owner:
+            return known
+        if known is not None and known._cached_continuous_batching_manager is not None:
+            raise PrefixInputError(
+                f"A manager that was kept (persistent_manager=True) generates with prefix {known.owner}, but active is "
+                f"prefix {owner}. Call model.destroy_cached_continuous_batching_manager() first."
+            )
+        self.eval()
+        self._request_model = RequestModel(
+            self.base, self._injection, self._call({}), self.prefixes.weights(), self._owner
+        )
+        return self._request_model
+
+    def _owner(self) -> str | None:
+        """Identity of the prefix that acts at the moment."""
+        return None if self._disabled else self._call({}).owner
 
     def _stopping_in_time(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` that end it when the base's positions are used up."""
