@@ -103,10 +103,10 @@ class RequestModel(ContinuousMixin):
             PrefixInputError: Flash attention, recorded graphs or compiled passes are asked for, or the base's attention
                 does not read pages.
         """
+        self._require_masks()
         before = self.base.config._attn_implementation
         method = super().init_continuous_batching
         arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-        # Flash attention has no masks that could get columns.
         settings = copy.copy(arguments.get("continuous_batching_config")) or ContinuousBatchingConfig()
         settings.auto_switch_to_flash = False
         manager: ContinuousBatchingManager = method(**{**arguments, "continuous_batching_config": settings})
@@ -151,14 +151,16 @@ class RequestModel(ContinuousMixin):
             )
         return output
 
-    def _check(self, settings: ContinuousBatchingConfig) -> None:
-        """Try one token, before any request waits for an answer."""
-        name, implementation = type(self.base).__name__, str(self.base.config._attn_implementation)
-        if "flash" in implementation:
+    def _require_masks(self) -> None:
+        if "flash" in str(self.base.config._attn_implementation):
             raise UnsupportedModelError(
                 "Flash attention tells requests apart by lengths, not by masks, and would show the prefix to the first "
                 'one only. Load the base model with attn_implementation="sdpa".'
             )
+
+    def _check(self, settings: ContinuousBatchingConfig) -> None:
+        """Try one token, before any request waits for an answer."""
+        self._require_masks()
         graphs = settings.use_cuda_graph
         if any(graphs) if isinstance(graphs, tuple) else graphs:
             raise PrefixInputError("CUDA graphs of requests with a prefix are not supported: use_cuda_graph=False.")
@@ -185,8 +187,8 @@ class RequestModel(ContinuousMixin):
                 )
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
             raise PrefixInputError(
-                f"{name} cannot serve batches of requests with a prefix: its attention does not read transformers' "
-                f"pages ({error}). Use generate."
+                f"{type(self.base).__name__} cannot serve batches of requests with a prefix: its attention does not read "
+                f"transformers' pages ({error}). Use generate."
             ) from error
 
     def _checked(self, add_request: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from helpers import model_with_tokens, random_model, tokens, with_text
+from packaging.version import Version
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig, ContinuousBatchingConfig
 
@@ -21,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*`generation_config` default va
 
 def settings(**more: Any) -> dict[str, Any]:
     """Pages of 8 tokens, and no more than 32 tokens in one pass: long requests come in pieces."""
-    pages = dict(page_size=8, num_blocks=64, max_batch_tokens=32)
+    size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before transformers 5.18
+    pages = {size: 8, "num_blocks": 64, "max_batch_tokens": 32}
     return dict(
         generation_config=GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0),
         continuous_batching_config=ContinuousBatchingConfig(**{**pages, **more}),
@@ -67,6 +70,8 @@ def test_several_sequences_of_a_request_share_its_pages() -> None:
     options = settings()
     options["generation_config"].num_return_sequences = 3
     results = model.generate_batch(requests(), **options)
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the base itself gives the first sequence of a request alone")
     assert [result.generated_tokens for result in results.values()] == [
         alone(model, text) for text in requests() for _ in range(3)
     ]
