@@ -37,7 +37,7 @@ class RowOrder:
     def __init__(self, left_padding: torch.Tensor, num_virtual_tokens: int) -> None:
         self.left_padding = left_padding[:, None]
         self.num_virtual_tokens = num_virtual_tokens
-        self._known: tuple[int, torch.Tensor] | None = None
+        self._known: tuple[int, torch.Tensor] | None = None  # no dict: lengths may be symbols in traced code
 
     def indices(self, length: int) -> torch.Tensor:
         """For each row, which entry of "prefix, padding, text" comes where; shape `(batch, length)`."""

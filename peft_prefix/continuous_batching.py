@@ -187,8 +187,8 @@ class RequestModel(ContinuousMixin):
                 )
         except (TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
             raise PrefixInputError(
-                f"{type(self.base).__name__} cannot serve batches of requests with a prefix: its attention does not read "
-                f"transformers' pages ({error}). Use generate."
+                f"{type(self.base).__name__} cannot serve batches of requests with a prefix: its attention does not "
+                f"read transformers' pages ({error}). Use generate."
             ) from error
 
     def _checked(self, add_request: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,6 +59,7 @@ class DecoderInjection:
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in self.blank)
         self.recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.blank]
         self.position_limit = _position_limit(self.text_config)
+        self.depth = getattr(self.text_config, "num_hidden_layers", None)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of one pass of the decoder by name."""
@@ -150,6 +151,9 @@ class DecoderInjection:
             p = prefixed.layers[0].length
             output = without_slots(output, p, new_tokens_of(arguments).shape[1] - p)
         unread = cache.unread_layers()
+        depth = getattr(self.text_config, "num_hidden_layers", None)
+        if depth != self.depth:  # an assistant that leaves early (`assistant_early_exit`) is the base with fewer layers
+            unread = [layer for layer in unread if depth is None or layer < depth]
         if unread:
             raise PrefixNotConsumedError(
                 f"The prefix was not read by layers {unread} of the base model, so its output would ignore the prefix. "

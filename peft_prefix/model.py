@@ -247,6 +247,8 @@ class PrefixModel(PreTrainedModel):
         and returned sequences are about real tokens.
         """
         self._require_head()
+        if _wants_pages(*args, **kwargs):
+            raise PrefixInputError('Not cache_implementation="paged" but generate_batch runs requests in pages.')
         if self._disabled:
             _require_no_prefix(kwargs)
             return self._base_generate(*args, **kwargs)
@@ -272,6 +274,13 @@ class PrefixModel(PreTrainedModel):
                 return encoder(*args, **kwargs)
 
         return encode
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a part of the base that runs alone has no prefix, and nothing would say so."""
+        raise PrefixInputError(
+            "A decoder on its own would run without the prefix. Call the model (output_hidden_states=True gives the "
+            "decoder's states), or model.base.get_decoder() for the decoder without a prefix."
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """A manager of continuous batching, as the base's, for requests with the prefix that is active now.
@@ -664,6 +673,14 @@ class PrefixModel(PreTrainedModel):
         embeddings: nn.Module = self.base.get_input_embeddings()
         return embeddings
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base model's input embeddings."""
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the base model's vocabulary projection."""
+        self.base.set_output_embeddings(new_embeddings)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the base model's vocabulary."""
         return self.base.resize_token_embeddings(*args, **kwargs)
@@ -674,6 +691,21 @@ class PrefixModel(PreTrainedModel):
         return embeddings
 
     # ------------------------------------------------------------------ inside
+
+    def _encoded_for_generation(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """What `generate` asks of an assistant: its inputs with the encoder's outputs, made with its own prefix."""
+        method = getattr(self.base, name)
+        if self._disabled:
+            return method(*args, **kwargs)
+        with self._injection.encoding(self._call({})):
+            return method(*args, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self._encoded_for_generation("_maybe_prepare_encoder_kwargs_for_generation", *args, **kwargs)
+
+    def _prepare_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # its name before transformers 5.20 or so
+        return self._encoded_for_generation("_prepare_encoder_decoder_kwargs_for_generation", *args, **kwargs)
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()
@@ -771,6 +803,13 @@ def _require_base(base: object) -> None:
             f"The base must be a transformers model, not {type(base).__name__}. Load it first, e.g. with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
+
+
+def _wants_pages(
+    inputs: object = None, generation_config: Any = None, *_: Any, cache_implementation: str | None = None, **__: Any
+) -> bool:
+    """Whether these arguments of `generate` ask for a thread of its own, where no prefix would act."""
+    return "paged" in (cache_implementation, getattr(generation_config, "cache_implementation", None))
 
 
 def _require_no_prefix(arguments: Mapping[str, Any]) -> None:

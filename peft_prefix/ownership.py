@@ -45,6 +45,8 @@ def require_owner(cache: Cache, owner: Owner | None) -> None:
     Raises:
         PrefixInputError: The cache holds tokens that were read in another way, so continuing it would be wrong.
     """
+    if torch.compiler.is_exporting():
+        return  # an exported program's cache is plain tensors, of which nobody can say where they come from
     found: Owner | None = getattr(cache, _OWNER, None)
     if torch.compiler.is_compiling():  # labels change with every training step, which would be compiled again each time
         known = (found is None) == (owner is None) or cache.is_compileable
