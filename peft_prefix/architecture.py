@@ -22,8 +22,14 @@ _ABOUT_SUBMODULES = (
 """Settings of a model's class that name its own submodules, which the wrapper does not have."""
 
 
-_ASKED_OF_THE_BASE = ("prepare_decoder_input_ids_from_labels", "_supports_logits_to_keep", "_prepare_model_inputs")
-"""Methods that collators, and `generate` of an assisted model, look for, because only the model knows the answer."""
+_ASKED_OF_THE_BASE = (
+    "prepare_decoder_input_ids_from_labels",
+    "compute_transition_scores",
+    "_supports_logits_to_keep",
+    "_prepare_model_inputs",
+)
+"""Methods that collators, users of scores, and `generate` of an assisted model look for: only the model knows the
+answer, and a prefix does not change it."""
 
 
 @cache
