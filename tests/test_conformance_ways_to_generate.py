@@ -426,11 +426,11 @@ def test_a_stop_string_ends_the_text(family: str) -> None:
     assert torch.equal(result, plain[:, : start + stop])
 
 
-def word_tokenizer() -> Any:
+def word_tokenizer(size: int = 200) -> Any:
     """One word of five characters for each token, and a template for chats."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"<{number:03}>": number for number in range(200)}
+    words = {f"<{number:03}>": number for number in range(size)}
     words["abcdef"] = words.pop("<004>")  # what transformers tries tokenizers on
     core = Tokenizer(models.WordLevel(words, unk_token="<003>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
