@@ -161,7 +161,7 @@ def test_embeddings_and_output_are_replaced_in_the_base() -> None:
 
 def test_an_assistants_encoder_has_the_assistants_prefix() -> None:
     """Of another prefix on the same base, whose encoder runs inside the main model's call."""
-    base = FAMILIES["t5"].build()
+    base = FAMILIES["bart"].build()
     model, other, source = random_model(base), random_model(base, p=2), source_of(base, 1)
     encoded = []
     hook = base.get_encoder().register_forward_hook(lambda _, __, output: encoded.append(output[0]))
