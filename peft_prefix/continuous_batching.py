@@ -29,6 +29,7 @@ from .errors import PrefixInputError, PrefixNotConsumedError, PrefixWarning, Uns
 from .injection import Injection
 from .masks import PrefixColumns, window_kind, with_prefix_columns
 from .modules_to_save import ModuleWeights, require_called
+from .ownership import Owner
 from .passes import outside_of_calls
 
 _PAGED = {"full_attention", "sliding_attention"}
@@ -57,7 +58,7 @@ class RequestModel(ContinuousMixin):
         injection: Injection,
         call: PrefixCall,
         weights: ModuleWeights,
-        owner_now: Callable[[], str | None],
+        owner_now: Callable[[], Owner | None],
     ) -> None:
         self.base = base
         decoder = injection.decoder
@@ -199,8 +200,8 @@ class RequestModel(ContinuousMixin):
             now = self._owner_now()
             if now != self.owner:
                 raise PrefixInputError(
-                    f"This manager generates with prefix {self.owner}, but active is "
-                    f"{'none' if now is None else f'prefix {now}'}. Make a manager for each prefix."
+                    f"This manager generates with prefix {self.owner.label}, but active is "
+                    f"{'none' if now is None else f'prefix {now.label}'}. Make a manager for each prefix."
                 )
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments

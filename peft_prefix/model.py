@@ -328,21 +328,21 @@ class PrefixModel(PreTrainedModel):
         self._require_head()
         if self._disabled:
             return self.base
-        owner, known = self._owner(), self._request_model
-        if known is not None and known.owner == owner:
+        call, known = self._call({}), self._request_model
+        if known is not None and known.owner == call.owner:
             return known
         if known is not None and known._cached_continuous_batching_manager is not None:
             raise PrefixInputError(
-                f"A manager that was kept (persistent_manager=True) generates with prefix {known.owner}, but active is "
-                f"prefix {owner}. Call model.destroy_cached_continuous_batching_manager() first."
+                f"A manager that was kept (persistent_manager=True) generates with prefix {known.owner.label}, but "
+                f"active is prefix {call.owner.label}. Call model.destroy_cached_continuous_batching_manager() first."
             )
         self.eval()
         self._request_model = RequestModel(
-            self.base, self._injection, self._call({}), self.prefixes.weights(), self._owner
+            self.base, self._injection, self._call({}), self.prefixes.weights(), self._acting_owner
         )
         return self._request_model
 
-    def _owner(self) -> str | None:
+    def _acting_owner(self) -> Owner | None:
         """Identity of the prefix that acts at the moment."""
         return None if self._disabled else self._call({}).owner
 
