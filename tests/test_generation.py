@@ -14,6 +14,7 @@ from test_conformance_ways_to_generate import word_tokenizer
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from peft_prefix import PrefixInputError
+from peft_prefix.passes import current_call
 
 
 def test_generation_in_one_thread_does_not_touch_the_base_in_another() -> None:
@@ -69,12 +70,14 @@ def test_threads_may_generate_at_the_same_time(family: str) -> None:
             assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
-def test_generation_leaves_no_hooks_behind() -> None:
-    model = random_model(FAMILIES["llama"].build())
+def test_a_generation_that_fails_leaves_no_prefix_behind() -> None:
+    base = FAMILIES["llama"].build()
+    expected = base(input_ids=tokens(1, 3)).logits
+    model = random_model(base)
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(tokens(1, 3), max_new_tokens=-1)
-    assert not model.base._forward_pre_hooks
-    assert not model.base._forward_hooks
+    assert current_call() is None
+    assert torch.equal(base(input_ids=tokens(1, 3)).logits, expected)
 
 
 def test_max_length_counts_real_tokens() -> None:
