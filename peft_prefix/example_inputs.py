@@ -82,12 +82,31 @@ def loss_counts_items(base: PreTrainedModel) -> bool:
         return True
     ids = ordinary_ids(base, 3)[None]
     inputs = {"input_ids": ids} if not base.config.is_encoder_decoder else source_inputs(base, ids)
+    classes = torch.zeros(1, int(getattr(base.config, "num_labels", 1)), device=ids.device)
+    problem = getattr(base.config, "problem_type", None)
+    try:
+        # Labels of a language model, of tokens, of a text, and several of a text.
+        for labels in (ids, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]), classes):
+            losses = _losses(base, inputs, labels)
+            if losses is not None:
+                one, two = losses
+                return bool((one - two).abs() > 0.1 * one.abs())
+    finally:
+        if hasattr(base.config, "problem_type"):
+            base.config.problem_type = problem  # classifiers note what they were first given
+    return True
+
+
+def _losses(
+    base: PreTrainedModel, inputs: dict[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The loss when it is told of one item and of two; `None` if it takes no such labels."""
     try:
         with torch.no_grad():
             one, two = (
-                base(**inputs, labels=ids, num_items_in_batch=torch.tensor(count, device=ids.device)).loss
+                base(**inputs, labels=labels, num_items_in_batch=torch.tensor(count, device=labels.device)).loss
                 for count in (1, 2)
             )
     except (ValueError, RuntimeError, IndexError, TypeError):
-        return True
-    return bool((one - two).abs() > 0.1 * one.abs())
+        return None
+    return None if one is None or two is None else (one, two)
