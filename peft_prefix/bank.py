@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from .call import SiteStates
 from .config import PrefixConfig
@@ -17,6 +18,7 @@ from .geometry import Geometry
 from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
 from .modules_to_save import MODULES, ModuleWeights
 from .parameterization import DirectPrefix, MLPPrefix, PrefixTensors, build_parameterization
+from .processes import require_all_used, require_whole, whole
 
 
 class PrefixBank(nn.ModuleDict):
@@ -86,6 +88,23 @@ class PrefixBank(nn.ModuleDict):
         assert isinstance(weights, ModuleWeights)
         return weights
 
+    def saved(self, state: Mapping[str, torch.Tensor] | None = None) -> PrefixTensors:
+        """What a file of the active prefix contains, without gradients.
+
+        Args:
+            state: A gathered training state of this bank; without one, the parameters themselves are read, for which
+                all processes must ask where they are spread over several.
+
+        Returns:
+            Plain keys and values, and the weights of the modules that are saved with them, by name.
+        """
+        name, _, module = self.in_use()
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = whole(own) if state is None else {key: state[f"{name}.{key}"].detach().clone() for key in own}
+        with torch.no_grad():
+            plain: PrefixTensors = functional_call(module, tensors, ())
+        return {**plain, **{key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}}
+
     def states(self) -> Callable[[int], SiteStates]:
         """The active prefix for one call of the base.
 
@@ -94,7 +113,9 @@ class PrefixBank(nn.ModuleDict):
             They are computed once, so that all passes of a call, and all sites, see the same prefix. Dropout differs
             between rows; without it one row serves all.
         """
-        _, config, module = self.in_use()
+        active, config, module = self.in_use()
+        require_whole(module)
+        require_all_used(dict(self.items()), active)
         dropout = config.dropout if self.training else 0.0
         geometry = self.geometry.only(config.sites or self.geometry.sites)
 

@@ -28,6 +28,7 @@ from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, P
 from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
+from .processes import is_sharded
 from .version import __version__
 
 TENSOR_FILE = "prefix.safetensors"
@@ -243,7 +244,9 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
         if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out)
     )
     quantized = getattr(base, "hf_quantizer", None) is not None
-    if quantized or not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
+    if quantized or not matrices:
+        return None
+    if any(weight.is_meta or weight.numel() == 0 or is_sharded(weight) for _, weight in matrices):
         return None
     count = min(64, len(matrices))
     chosen = [matrices[i * len(matrices) // count][1].detach() for i in range(count)]

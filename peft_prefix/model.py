@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -37,9 +37,12 @@ from .modules_to_save import ModuleWeights, base_weights, require_called, resolv
 from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
+from .processes import complete, is_sharded, whole
 from .stopping import PositionsUsedUp
 
 DEFAULT_PREFIX = "default"
+_PREFIXES = "prefixes."
+"""What the names of all prefixes' parameters begin with."""
 
 
 class PrefixModel(PreTrainedModel):
@@ -78,6 +81,7 @@ class PrefixModel(PreTrainedModel):
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
+        complete(base)
         geometry, injection = examined(base)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
@@ -86,6 +90,8 @@ class PrefixModel(PreTrainedModel):
         self._fillings = 0
         self._injection = injection
         self._disabled = False
+        self._fingerprints: dict[str, str | None] = {}
+        self._is_awaiting_shards = False
         self.train(base.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -135,6 +141,7 @@ class PrefixModel(PreTrainedModel):
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
         self.prefixes.install(name, config, tensors, self.base.device, weights)
         self.prefixes.active = name
+        self._fingerprint(name)
 
     def set_prefix(self, name: str) -> None:
         """Use another prefix from now on; training goes to it alone, unless it was loaded frozen.
@@ -184,12 +191,10 @@ class PrefixModel(PreTrainedModel):
         """What a file of the active prefix contains, detached and named as there.
 
         Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
-        names begin with `modules_to_save.`.
+        names begin with `modules_to_save.`. Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of
+        them must call this.
         """
-        _, _, parameterization = self.prefixes.in_use()
-        with torch.no_grad():
-            tensors = {**parameterization(), **self.prefixes.weights().saved()}
-            return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        return self.prefixes.saved()
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -333,39 +338,48 @@ class PrefixModel(PreTrainedModel):
         repo_id: str | None = None,
         token: str | bool | None = None,
         max_shard_size: int | str | None = None,
+        save_function: Callable[..., Any] | None = None,
     ) -> None:
         """Save the active prefix: `prefix.safetensors` and `prefix_config.json`.
 
         In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
         saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
 
+        Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
+        `state_dict` is given.
+
         Args:
             save_directory: Folder for the files; made if it is missing.
             is_main_process: With several processes, whether this one writes.
-            state_dict: The training state, if the caller has gathered it already.
+            state_dict: The training state, if the caller has gathered it already (`accelerator.get_state_dict(model)`).
             push_to_hub: Upload the folder to `repo_id` afterwards.
             dtype: Floating-point dtype of `prefix.safetensors`.
             repo_id: Repository on the Hub; by default named like the folder.
             token: Access token for the Hub.
             max_shard_size: Ignored: a prefix is one small file. (`push_to_hub` of transformers passes it.)
+            save_function: Ignored: a prefix is always safetensors. (`accelerator.save` is passed in many scripts.)
 
         Raises:
             PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
+            PrefixInputError: The prefix is spread over several processes, and `state_dict` lacks it.
         """
+        if not is_main_process and state_dict is not None:
+            return
+        state = self._gathered(state_dict)
         if not is_main_process:
             return
         directory = Path(save_directory)
-        _, config, _ = self.prefixes.in_use()
+        name, config, _ = self.prefixes.in_use()
         checkpoint.write_prefix(
             directory,
-            self.prefix_state_dict(),
+            self.prefixes.saved({key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}),
             config,
             self.geometry.only(config.sites or ()),
-            checkpoint.weights_fingerprint(self.base, without=config.modules_to_save or ()),
+            self._fingerprint(name),
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
-            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state_dict or self.state_dict())
+            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state)
         if push_to_hub:
             self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
 
@@ -468,13 +482,17 @@ class PrefixModel(PreTrainedModel):
             )
         self.prefixes.install(name, config, tensors, self.base.device, weights, is_trainable)
         self.prefixes.active = self.prefixes.active or name
+        self._fingerprints[name] = own
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """The training state: parameters and buffers of the prefixes, nothing of the base."""
         state: dict[str, Any] = {} if destination is None else destination
-        return self.prefixes.state_dict(destination=state, prefix=f"{prefix}prefixes.", keep_vars=keep_vars)
+        self.prefixes.state_dict(destination=state, prefix=f"{prefix}{_PREFIXES}", keep_vars=keep_vars)
+        if self._is_awaiting_shards:  # accelerate understands nothing else, and nothing else has been sharded
+            return {key: tensor for key, tensor in state.items() if is_sharded(tensor)}
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what `state_dict` gave.
@@ -483,9 +501,14 @@ class PrefixModel(PreTrainedModel):
             PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
                 a half restored prefix would train on in silence.
         """
+        own_state = self.state_dict()
+        self._is_awaiting_shards = False
+        if strict or assign:  # torch adds the parameters of the base, as they are, where it loads into shards
+            base = dict(self.base.named_parameters(prefix="base", remove_duplicate=False))
+            state_dict = {key: tensor for key, tensor in state_dict.items() if base.get(key) is not tensor}
         expected, found = (
             {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("_extra_state")}
-            for state in (self.state_dict(), state_dict)
+            for state in (own_state, state_dict)
         )
         if expected != found:
             different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -493,9 +516,21 @@ class PrefixModel(PreTrainedModel):
                 f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
                 "the PrefixConfig that the training was started with."
             )
-        own = {key.removeprefix("prefixes."): tensor for key, tensor in state_dict.items()}
+        own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
         self._fillings += 1
-        return self.prefixes.load_state_dict(own, assign=assign)
+        return self.prefixes.load_state_dict(own, strict=len(own) == len(self.prefixes.state_dict()), assign=assign)
+
+    def to(self, *args: Any, **kwargs: Any) -> PrefixModel:  # type: ignore[override]
+        """Move prefixes and base, as any module.
+
+        With `cpu_ram_efficient_loading` of FSDP2, accelerate moves a model to no device at all ("meta"), shards it and
+        fills it again from its `state_dict()`, which does not hold the base. Every process has the base already
+        (see `processes.py`), so it is sharded as it is.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_meta(*args, **kwargs):
+            self._is_awaiting_shards = True
+            return self
+        return super().to(*args, **kwargs)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -553,6 +588,28 @@ class PrefixModel(PreTrainedModel):
         return embeddings
 
     # ------------------------------------------------------------------ inside
+
+    def _gathered(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The whole training state, of a given one or of this model's own.
+
+        Raises:
+            PrefixInputError: The given one lacks what this process alone cannot know.
+        """
+        own = self.state_dict()
+        if state is not None and own.keys() <= state.keys():
+            return {key: state[key] for key in own}
+        if state is not None and any(is_sharded(tensor) for tensor in own.values()):
+            raise PrefixInputError(
+                "The given state_dict lacks the prefix, which is spread over several processes. Give all of "
+                "accelerator.get_state_dict(model), or none and call save_pretrained in every process."
+            )
+        return whole(own)
+
+    def _fingerprint(self, name: str) -> str | None:
+        """What identifies the base's weights; what was known of them, once they are spread over processes."""
+        without = self.prefixes.configs[name].modules_to_save or ()
+        self._fingerprints[name] = checkpoint.weights_fingerprint(self.base, without) or self._fingerprints.get(name)
+        return self._fingerprints[name]
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()
@@ -650,6 +707,10 @@ def _require_base(base: object) -> None:
             f"The base must be a transformers model, not {type(base).__name__}. Load it first, e.g. with "
             "AutoModelForCausalLM.from_pretrained(...)."
         )
+
+
+def _is_meta(device: Any = None, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "meta"
 
 
 def _require_no_prefix(arguments: Mapping[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Training in several processes: what DDP expects, and parameters that FSDP2 and DeepSpeed ZeRO-3 spread.
+
+The latter leave each process a part of every parameter and put parameters together while a module runs. What a prefix's
+file contains is needed at other times, too, and all processes have to take part in putting it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import distributed, nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+from .errors import PrefixInputError, some_of
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds only a part of a parameter."""
+    return _is_dtensor(tensor) or hasattr(tensor, "ds_id")
+
+
+def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of some parameters and buffers, put together; all processes must call this where they are spread."""
+    with _put_together(tensors):
+        return {name: _full(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def require_whole(module: nn.Module) -> None:
+    """Check that a prefix is read where its parameters are put together.
+
+    Raises:
+        PrefixInputError: FSDP puts a part of it together at another time.
+    """
+    if any(_is_dtensor(parameter) for parameter in module.parameters()):
+        raise PrefixInputError(
+            "This process holds only a part of the prefix here. Run the model that accelerator.prepare returned, and "
+            "for its other methods say torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate') first "
+            "(the Trainer does). If it is the forward pass that fails, the prefix was wrapped apart from the model: "
+            "use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP."
+        )
+
+
+def require_all_used(prefixes: Mapping[str, nn.Module], active: str) -> None:
+    """Check that DDP can average the gradients of a bank of which one prefix acts.
+
+    Raises:
+        PrefixInputError: It waits for the gradients of prefixes that get none: in the first step each process would
+            use its own gradients alone, and the second would fail.
+    """
+    if not distributed.is_available():
+        return
+    from torch.nn.parallel import DistributedDataParallel  # there is no such module without it
+
+    parallel = DistributedDataParallel._get_active_ddp_module()
+    if parallel is None or parallel.find_unused_parameters or not torch.is_grad_enabled():
+        return
+    idle = [
+        name
+        for name, module in prefixes.items()
+        if name != active and any(parameter.requires_grad for parameter in module.parameters())
+    ]
+    if idle:
+        raise PrefixInputError(
+            "DistributedDataParallel waits for gradients of all that is trainable, and the prefixes "
+            f"{some_of(map(repr, idle))} get none while {active!r} is in use. Freeze what is not trained now, e.g. "
+            f"model.prefixes[{idle[0]!r}].requires_grad_(False), or use find_unused_parameters=True "
+            "(ddp_find_unused_parameters=True in TrainingArguments, with gradient checkpointing that is not reentrant)."
+        )
+
+
+def complete(base: PreTrainedModel) -> None:
+    """Give every process the base's weights where only the main process has read them.
+
+    That is what `cpu_ram_efficient_loading` of FSDP does in `from_pretrained`; but a prefix that is made of the base's
+    own keys and values needs the base at once, in every process. All of them must make the model.
+    """
+    if not is_fsdp_enabled() or not base.config.name_or_path:
+        return
+    missing = torch.tensor(int(any(parameter.is_meta for parameter in base.parameters())))
+    distributed.all_reduce(missing)
+    if not missing:
+        return
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
+    for module in base.modules():
+        for kind in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = cast("Any", kind)
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    if tensor not in replaced:  # parameters may be shared
+                        replaced[tensor] = _room_for(tensor)
+                    tensors[name] = replaced[tensor]
+    for tensor in [*base.parameters(), *base.buffers()]:
+        distributed.broadcast(tensor.detach(), src=0)
+
+
+def _room_for(tensor: torch.Tensor) -> torch.Tensor:
+    room = torch.empty_like(tensor, device="cpu")
+    return nn.Parameter(room, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
+
+
+def _put_together(tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager[Any]:
+    partitioned = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]  # who has such parameters has it
+
+    return cast("AbstractContextManager[Any]", GatheredParameters(partitioned))
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return cast("Any", tensor).full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    if not distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # there is no such module without it
+
+    return isinstance(tensor, DTensor)
