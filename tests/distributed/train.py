@@ -48,6 +48,14 @@ def make(name: str = "gpt2", dropout: float = 0.0, one_embedding: bool = False, 
     return get_prefix_model(base, PrefixConfig(num_virtual_tokens=4, mlp_hidden_size=16, **config))
 
 
+def make_bank() -> PrefixModel:
+    """A model with two prefixes that could be trained, of which the first is in use."""
+    model = make()
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
+    model.set_prefix("default")
+    return model
+
+
 def make_classifier() -> PrefixModel:
     """A model whose head is trained with the prefix."""
     torch.manual_seed(0)
@@ -126,21 +134,19 @@ def ddp(folder: Path) -> dict[str, Any]:
     found["resumed"] = train(make(dropout=0.1), resumed, resume=whole / "checkpoint-2")[1]
 
     # Several prefixes that could be trained, of which one is in use.
-    bank = make()
-    bank.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
-    bank.set_prefix("default")
+    bank = make_bank()
     before = {name: value.detach().clone() for name, value in bank.prefixes["other"].named_parameters()}
     found["bank"] = train(bank, folder / "bank")[1]
     found["idle is unchanged"] = all(
         torch.equal(value, before[name]) for name, value in bank.prefixes["other"].named_parameters()
     )
-    bank.prefixes["other"].requires_grad_(True)
+    bank = make_bank()
     try:
         train(bank, folder / "refused", gradient_checkpointing=True)
     except PrefixInputError as error:
         found["refusal"] = str(error)
     bank.prefixes["other"].requires_grad_(False)
-    train(bank, folder / "frozen", gradient_checkpointing=True)
+    found["frozen"] = train(bank, folder / "frozen", gradient_checkpointing=True)[1]
     return found
 
 
@@ -176,9 +182,7 @@ def fsdp(folder: Path) -> dict[str, Any]:
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
 
     # Several prefixes that could be trained, of which one is in use.
-    bank = make()
-    bank.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
-    bank.set_prefix("default")
+    bank = make_bank()
     found["bank"] = train(bank, folder / "bank")[1]
 
     found["loop"] = loop(folder / "loop")
