@@ -43,6 +43,7 @@ class PrefixBank(nn.ModuleDict):
         name: str,
         config: PrefixConfig,
         tensors: PrefixTensors,
+        devices: Mapping[tuple[str, int], torch.device],
         device: torch.device,
         weights: ModuleWeights,
         is_trainable: bool = True,
@@ -53,7 +54,8 @@ class PrefixBank(nn.ModuleDict):
             name: A name that is not taken.
             config: What it looks like.
             tensors: Its keys and values by name.
-            device: Where the keys and values go.
+            devices: Where the keys and values of each site and layer go.
+            device: Where a network goes, and layers that are not in `devices`.
             weights: Its weights for modules of the base.
             is_trainable: Whether it is trained.
         """
@@ -62,6 +64,8 @@ class PrefixBank(nn.ModuleDict):
         module = build_parameterization(geometry, config) if is_trainable else DirectPrefix(geometry, config)
         module.start_from(tensors)
         module.to(device)
+        if isinstance(module, DirectPrefix):
+            module.spread(devices)
         if is_trainable and isinstance(module, DirectPrefix):
             good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
             watch = LearningRateWatch(module.parameters(), good_rate)  # of the prefix alone

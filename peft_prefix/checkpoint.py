@@ -28,6 +28,7 @@ from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, P
 from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
+from .placement import repeated_names, weight_of
 from .processes import is_sharded
 from .version import __version__
 
@@ -238,18 +239,19 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
             one each time.
     """
     left_out = tuple(f"{name}." for name in without)
+    repeated = repeated_names(base)
     matrices = sorted(
         (name, weight)
         for name, weight in base.named_parameters()
-        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out)
+        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out) and name not in repeated
     )
     quantized = getattr(base, "hf_quantizer", None) is not None
     if quantized or not matrices:
         return None
-    if any(weight.is_meta or weight.numel() == 0 or is_sharded(weight) for _, weight in matrices):
-        return None
     count = min(64, len(matrices))
-    chosen = [matrices[i * len(matrices) // count][1].detach() for i in range(count)]
+    chosen = [weight_of(base, matrices[i * len(matrices) // count][1]).detach() for i in range(count)]
+    if any(weight.is_meta or weight.numel() == 0 or is_sharded(weight) for weight in chosen):
+        return None
     numbers = [weight.flatten()[weight.numel() * k // 8] for weight in chosen for k in (1, 3, 5, 7)]
     sample = torch.stack([number.to("cpu", torch.float32) for number in numbers])
     names = hashlib.sha256(" ".join(name for name, _ in matrices).encode()).hexdigest()[:8]

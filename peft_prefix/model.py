@@ -37,6 +37,7 @@ from .modules_to_save import ModuleWeights, base_weights, require_called, resolv
 from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
+from .placement import home, layer_devices
 from .processes import complete, is_sharded, whole
 from .stopping import PositionsUsedUp
 
@@ -139,7 +140,7 @@ class PrefixModel(PreTrainedModel):
             )
         weights = ModuleWeights(self.base, config.modules_to_save or ())
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
-        self.prefixes.install(name, config, tensors, self.base.device, weights)
+        self._install(name, config, tensors, weights)
         self.prefixes.active = name
         self._fingerprint(name)
 
@@ -480,7 +481,7 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self.prefixes.install(name, config, tensors, self.base.device, weights, is_trainable)
+        self._install(name, config, tensors, weights, is_trainable)
         self.prefixes.active = self.prefixes.active or name
         self._fingerprints[name] = own
 
@@ -573,6 +574,17 @@ class PrefixModel(PreTrainedModel):
         takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         return takes_more and loss_counts_items(self.base)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, also where its base is spread over devices or put aside (`device_map`)."""
+        return home(self.base)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The base model's `device_map`, if it was loaded with one; the `Trainer` then leaves it where it is."""
+        devices = cast("dict[str, Any]", self.base.hf_device_map)
+        return {f"base.{name}".rstrip("."): device for name, device in devices.items()}
+
     def get_input_embeddings(self) -> nn.Module:
         """The base model's input embeddings."""
         embeddings: nn.Module = self.base.get_input_embeddings()
@@ -604,6 +616,12 @@ class PrefixModel(PreTrainedModel):
                 "accelerator.get_state_dict(model), or none and call save_pretrained in every process."
             )
         return whole(own)
+
+    def _install(
+        self, name: str, config: PrefixConfig, tensors: PrefixTensors, weights: ModuleWeights, trainable: bool = True
+    ) -> None:
+        devices = layer_devices(self.base, self._injection.structure)
+        self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable)
 
     def _fingerprint(self, name: str) -> str | None:
         """What identifies the base's weights; what was known of them, once they are spread over processes."""

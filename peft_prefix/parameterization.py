@@ -6,7 +6,8 @@ many numbers (their parameters). Shapes: `p` virtual tokens, `H` key/value heads
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -63,6 +64,12 @@ class DirectPrefix(nn.Module):
         """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
         sites = ((site, self.get_submodule(site)) for site in self.sites)
         return {name: tensor for site, module in sites for name, tensor in module.named_parameters(prefix=site)}
+
+    def spread(self, devices: Mapping[tuple[str, int], torch.device]) -> None:
+        """Move the keys and values of each site and layer to a device of their own."""
+        for (site, index), device in devices.items():
+            if site in self.sites and str(index) in (layers := cast("Any", self.get_submodule(f"{site}.layers"))):
+                layers[str(index)].to(device)
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Copy the given keys and values into the parameters."""
