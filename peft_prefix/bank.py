@@ -9,7 +9,6 @@ from functools import cache
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from .call import SiteStates
 from .config import PrefixConfig
@@ -105,9 +104,11 @@ class PrefixBank(nn.ModuleDict):
         name, _, module = self.in_use()
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         tensors = whole(own) if state is None else {key: state[f"{name}.{key}"].detach().clone() for key in own}
-        with torch.no_grad():
-            plain: PrefixTensors = functional_call(module, tensors, ())
-        return {**plain, **{key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}}
+        modules = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}
+        plain: PrefixTensors = {key: tensor for key, tensor in tensors.items() if key not in modules}
+        if isinstance(module, MLPPrefix):
+            plain = module.folded(plain)
+        return {**plain, **modules}
 
     def states(self) -> Callable[[int], SiteStates]:
         """The active prefix for one call of the base.

@@ -38,7 +38,7 @@ from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
 from .placement import home, layer_devices
-from .processes import complete, is_sharded, whole
+from .processes import complete, is_sharded, readable, whole
 from .stopping import PositionsUsedUp
 
 DEFAULT_PREFIX = "default"
@@ -83,7 +83,8 @@ class PrefixModel(PreTrainedModel):
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
         complete(base)
-        geometry, injection = examined(base)
+        with readable(base):
+            geometry, injection = examined(base)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
@@ -322,9 +323,10 @@ class PrefixModel(PreTrainedModel):
         """What a prefix of this configuration starts from."""
         geometry = self.geometry.only(config.sites or ())
         structure = self._injection.structure
-        return initial_tensors(
-            InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
-        )
+        with readable(self.base):
+            return initial_tensors(
+                InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
+            )
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -572,7 +574,8 @@ class PrefixModel(PreTrainedModel):
             return bool(declared)
         parameters = inspect.signature(self.base.forward).parameters.values()
         takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        return takes_more and loss_counts_items(self.base)
+        with readable(self.base):
+            return takes_more and loss_counts_items(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -607,15 +610,15 @@ class PrefixModel(PreTrainedModel):
         Raises:
             PrefixInputError: The given one lacks what this process alone cannot know.
         """
-        own = self.state_dict()
-        if state is not None and own.keys() <= state.keys():
-            return {key: state[key] for key in own}
-        if state is not None and any(is_sharded(tensor) for tensor in own.values()):
+        own = self.state_dict(keep_vars=True)
+        if state is None:
+            return whole(own)
+        if any(is_sharded(tensor) and key not in state for key, tensor in own.items()):
             raise PrefixInputError(
                 "The given state_dict lacks the prefix, which is spread over several processes. Give all of "
                 "accelerator.get_state_dict(model), or none and call save_pretrained in every process."
             )
-        return whole(own)
+        return {key: state.get(key, tensor).detach() for key, tensor in own.items()}
 
     def _install(
         self, name: str, config: PrefixConfig, tensors: PrefixTensors, weights: ModuleWeights, trainable: bool = True

@@ -6,8 +6,8 @@ file contains is needed at other times, too, and all processes have to take part
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -97,6 +97,41 @@ def complete(base: PreTrainedModel) -> None:
         distributed.broadcast(tensor.detach(), src=0)
 
 
+@contextmanager
+def readable(base: nn.Module) -> Iterator[None]:
+    """While this is open, a base runs whose parameters DeepSpeed has spread on loading, before it has been prepared.
+
+    Each module's own parameters are put together while it runs; all processes must take part.
+    """
+    partitioned = {
+        module: {name: parameter for name, parameter in module.named_parameters(recurse=False) if is_sharded(parameter)}
+        for module in base.modules()
+        if type(module._parameters) is dict  # DeepSpeed's engine has exchanged it, and looks after itself
+    }
+    running: dict[nn.Module, ExitStack] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        if module not in running:
+            running[module] = ExitStack()
+            running[module].enter_context(_put_together(partitioned[module]))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if module in running:
+            running.pop(module).close()
+
+    handles = []
+    for module in [module for module, parameters in partitioned.items() if parameters]:
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in running.values():  # passes that failed
+            stack.close()
+
+
 def _room_for(tensor: torch.Tensor) -> torch.Tensor:
     room = torch.empty_like(tensor, device="cpu")
     return nn.Parameter(room, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
@@ -106,9 +141,9 @@ def _put_together(tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager
     partitioned = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]  # who has such parameters has it
+    import deepspeed  # type: ignore[import-not-found]  # who has such parameters has it
 
-    return cast("AbstractContextManager[Any]", GatheredParameters(partitioned))
+    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(partitioned))
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Training in two processes on the CPU (DDP, FSDP2) equals training in one with the same batches."""
+"""Training in two processes on the CPU (DDP, FSDP2, ZeRO-3) equals training in one with the same batches."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -15,13 +16,14 @@ import torch
 from families import FAMILIES
 from helpers import tokens
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
 
 SCRIPTS = Path(__file__).parent / "distributed"
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
 sys.path.insert(0, str(SCRIPTS))
+ACCELERATE = ("accelerate.commands.launch", "--config_file")
 import train  # noqa: E402  # the script that the processes run
 
 pytestmark = [
@@ -30,18 +32,33 @@ pytestmark = [
 ]
 
 
-def launch(job: str, folder: Path, config: str, **environment: str) -> dict[str, Any]:
-    """Let two processes do a job, and return what they found."""
+def launch(job: str, folder: Path, *launcher: str, **environment: str) -> dict[str, Any]:
+    """Let two processes do a job, and return what they found.
+
+    Args:
+        job: Name of a function of `train.py`.
+        folder: Where it writes.
+        launcher: Module and options that start it.
+        environment: Variables for it.
+    """
+    folder.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    command = [sys.executable, "-m", *launcher]
+    port_option = "--main_process_port" if launcher[0].startswith("accelerate") else "--master_port"
     result = subprocess.run(
-        [*command, "--main_process_port", port, str(SCRIPTS / "train.py"), job, str(folder)],
+        [
+            *command,
+            "--main_process_port" if "accelerate" in launcher[0] else "--master_port",
+            port,
+            str(SCRIPTS / "train.py"),
+            job,
+            str(folder),
+        ],
         env={
             **os.environ,
-            "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(paths),
             **environment,
@@ -73,10 +90,21 @@ def assert_runs_equal_one_process(found: dict[str, list[float]], folder: Path, r
         assert_same_prefix(folder / name, reference / name)
 
 
+def assert_file_holds_what_was_in_memory(saved: Path, base: PreTrainedModel, found: dict[str, Any]) -> PrefixModel:
+    """A saved prefix gives in one process what several computed with it."""
+    loaded = PrefixModel.from_pretrained(base, saved)
+    for name, tensor in loaded.prefix_state_dict().items():
+        torch.testing.assert_close(tensor, torch.tensor(found["prefix in memory"][name]), rtol=0, atol=0)
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, torch.tensor(found["logits"]), rtol=0, atol=1e-5)
+    assert loaded.generate(input_ids=ids, max_new_tokens=5, do_sample=False).tolist() == found["texts"]
+    return loaded
+
+
 def test_ddp(tmp_path: Path) -> None:
     folder, reference = tmp_path / "two", tmp_path / "one"
-    folder.mkdir()
-    found = launch("ddp", folder, "ddp.yaml")
+    found = launch("ddp", folder, *ACCELERATE, str(CONFIGS / "ddp.yaml"), ACCELERATE_USE_CPU="true")
     assert_runs_equal_one_process(found["losses"], folder, reference)
 
     assert len(found["whole"]) == train.STEPS
@@ -93,8 +121,7 @@ def test_ddp(tmp_path: Path) -> None:
 
 def test_fsdp(tmp_path: Path) -> None:
     folder, reference = tmp_path / "two", tmp_path / "one"
-    folder.mkdir()
-    found = launch("fsdp", folder, "fsdp2.yaml")
+    found = launch("fsdp", folder, *ACCELERATE, str(CONFIGS / "fsdp2.yaml"), ACCELERATE_USE_CPU="true")
     assert found["types"] == ["DTensor"]  # all parameters are in shards
     assert_runs_equal_one_process(found["losses"], folder, reference)
 
@@ -116,13 +143,9 @@ def test_fsdp(tmp_path: Path) -> None:
 
     # What the processes had in memory, and what the file gives in one.
     for saved in ("final", "again", "by all"):
-        loaded = PrefixModel.from_pretrained(FAMILIES["gpt2"].build(), folder / "saved" / saved)
-        for name, tensor in loaded.prefix_state_dict().items():
-            torch.testing.assert_close(tensor, torch.tensor(found["prefix in memory"][name]), rtol=0, atol=0)
+        base = FAMILIES["gpt2"].build()
+        loaded = assert_file_holds_what_was_in_memory(folder / "saved" / saved, base, found)
     ids = tokens(2, 7)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=ids).logits, torch.tensor(found["logits"]), rtol=0, atol=1e-5)
-    assert loaded.generate(input_ids=ids, max_new_tokens=5, do_sample=False).tolist() == found["texts"]
     assert loaded.generate(input_ids=ids, max_new_tokens=5, num_beams=3, do_sample=False).tolist() == found["beams"]
     metadata = json.loads((folder / "saved" / "final" / "prefix_config.json").read_text())
     loaded.save_pretrained(folder / "fingerprint")
@@ -145,3 +168,33 @@ def test_fsdp(tmp_path: Path) -> None:
         _, expected = train.train(model, reference / "efficient" / form)
         assert found[f"efficient {form}"] == pytest.approx(expected, rel=1e-5)
         assert_same_prefix(folder / "efficient" / form, reference / "efficient" / form)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_zero3(tmp_path: Path) -> None:
+    folder, reference = tmp_path / "two", tmp_path / "one"
+    found = launch("zero3", folder, "torch.distributed.run", "--nproc_per_node", "2", DS_ACCELERATOR="cpu")
+    assert_runs_equal_one_process(found["losses"], folder, reference)
+    for name in found["losses"]:
+        assert found[f"parts {name}"] == [1]  # between two passes no process has any parameter
+    assert len(found["whole"]) == train.STEPS
+    assert found["resumed"] == found["whole"]
+    checkpoint = folder / "whole" / "checkpoint-2"
+    assert {"prefix.safetensors", "model.safetensors", "scheduler.pt"} <= {file.name for file in checkpoint.iterdir()}
+    assert all(name.startswith("prefixes.") for name in load_file(checkpoint / "model.safetensors"))
+    PrefixModel.from_pretrained(FAMILIES["gpt2"].build(), checkpoint)
+
+    assert found["read in parts"]
+    for form in ("none", "mlp"):
+        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4, reparameterization=form, mlp_hidden_size=16))
+        _, expected = train.train(model, reference / "loaded" / form)
+        assert found[f"loaded {form}"] == pytest.approx(expected, rel=1e-5)
+        assert_same_prefix(folder / "loaded" / form, reference / "loaded" / form)
+    for saved in ("by all", "loaded/mlp/final"):
+        assert_file_holds_what_was_in_memory(folder / saved, LlamaForCausalLM.from_pretrained(folder / "base"), found)
+    classifier = LlamaForSequenceClassification.from_pretrained(folder / "classifier")
+    model = get_prefix_model(classifier, PrefixConfig(num_virtual_tokens=4))
+    _, expected = train.train(model, reference / "loaded" / "head")
+    assert found["loaded head"] == pytest.approx(expected, rel=1e-5)
+    assert_same_prefix(folder / "loaded" / "head", reference / "loaded" / "head")

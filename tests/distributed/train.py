@@ -88,7 +88,9 @@ def trainer_for(model: PrefixModel, folder: Path, accumulation: int = 1, **argum
         seed=3,
     )
     args = TrainingArguments(**{**settings, **arguments})
-    if os.environ.get("ACCELERATE_USE_FSDP"):
+    if args.deepspeed:
+        _let_accelerate_use_several_cpus(args)
+    elif os.environ.get("ACCELERATE_USE_FSDP"):
         _let_accelerate_shard_on_a_cpu(args)
     return Trainer(model=model, args=args, train_dataset=rows(model))
 
@@ -236,6 +238,42 @@ def loop(folder: Path) -> list[float]:
     return found
 
 
+def zero3(folder: Path) -> dict[str, Any]:
+    """DeepSpeed ZeRO-3."""
+    config = json.loads((Path(__file__).parents[2] / "examples" / "accelerate" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small parameters shall be spread, too
+    arguments = dict(deepspeed=config, use_cpu=False)
+    found: dict[str, Any] = {"losses": {}}
+    models = {name: RUNS[name][0]() for name in ("direct", "mlp", "head")}
+    if is_main():
+        make("llama").base.save_pretrained(folder / "base")
+        make_classifier().base.save_pretrained(folder / "classifier")
+    whole, again = make(dropout=0.1), make(dropout=0.1)
+    for name, model in models.items():
+        trainer, found["losses"][name] = train(model, folder / name, **RUNS[name][1], **arguments)
+        found[f"parts {name}"] = sorted({int(parameter.numel() == 0) for parameter in model.parameters()})
+    resume = folder / "whole" / "checkpoint-2"
+    found["whole"] = train(whole, folder / "whole", save_strategy="steps", save_steps=2, **arguments)[1]
+    found["resumed"] = train(again, folder / "resumed", resume=resume, **arguments)[1]
+
+    # With a configuration of DeepSpeed in force, transformers spreads a base while it loads it.
+    for form in ("none", "mlp"):
+        base = LlamaForCausalLM.from_pretrained(folder / "base")
+        found["read in parts"] = all(parameter.numel() == 0 for parameter in base.parameters())
+        model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4, reparameterization=form, mlp_hidden_size=16))
+        trainer, found[f"loaded {form}"] = train(model, folder / "loaded" / form, **arguments)
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        found["logits"] = trainer.model_wrapped(input_ids=ids).logits.tolist()
+    found["texts"] = trainer.model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, synced_gpus=True).tolist()
+    found["prefix in memory"] = {name: tensor.tolist() for name, tensor in trainer.model.prefix_state_dict().items()}
+    trainer.model.save_pretrained(folder / "by all", is_main_process=is_main())
+    base = LlamaForSequenceClassification.from_pretrained(folder / "classifier")
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+    found["loaded head"] = train(model, folder / "loaded" / "head", **arguments)[1]
+    return found
+
+
 class Gathered(TorchDispatchMode):
     """Counts the numbers that collectives put together."""
 
@@ -263,9 +301,22 @@ def _let_accelerate_shard_on_a_cpu(args: TrainingArguments) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def _let_accelerate_use_several_cpus(args: TrainingArguments) -> None:
+    """Accelerate starts DeepSpeed in several processes for devices other than the CPU only; DeepSpeed takes CPUs."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    assert args.device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=True)
+    PartialState._shared_state.update(distributed_type=DistributedType.DEEPSPEED, _cpu=False)
+    args.distributed_state = state
+
+
 if __name__ == "__main__":
     output = Path(sys.argv[2])
-    results = {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](output)
+    results = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](output)
     if is_main():
         (output / "results.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
