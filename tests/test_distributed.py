@@ -33,12 +33,12 @@ pytestmark = [
 
 
 def launch(job: str, folder: Path, *launcher: str, **environment: str) -> dict[str, Any]:
-    """Let two processes do a job, and return what they found.
+    """Let other processes do a job, and return what they found.
 
     Args:
         job: Name of a function of `train.py`.
         folder: Where it writes.
-        launcher: Module and options that start it.
+        launcher: Module and options that start it in two processes.
         environment: Variables for it.
     """
     folder.mkdir()
@@ -46,17 +46,12 @@ def launch(job: str, folder: Path, *launcher: str, **environment: str) -> dict[s
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", *launcher]
-    port_option = "--main_process_port" if launcher[0].startswith("accelerate") else "--master_port"
+    starting = []
+    if launcher:
+        option = "--main_process_port" if launcher[0].startswith("accelerate") else "--master_port"
+        starting = ["-m", *launcher, option, port]
     result = subprocess.run(
-        [
-            *command,
-            "--main_process_port" if "accelerate" in launcher[0] else "--master_port",
-            port,
-            str(SCRIPTS / "train.py"),
-            job,
-            str(folder),
-        ],
+        [sys.executable, *starting, str(SCRIPTS / "train.py"), job, str(folder)],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +277,52 @@ def zero3(folder: Path) -> dict[str, Any]:
     return found
 
 
+KILLED_STEPS = 12
+FILE_OPERATIONS = 6
+"""Flushes and renames of the three files that this library writes in one save."""
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    """Runs that save after every step and are killed: at each file operation of one save, and at random times."""
+    run = dict(max_steps=KILLED_STEPS, save_strategy="steps", save_steps=1)
+    generator, moments = random.Random(0), []
+    for operation in range(1, FILE_OPERATIONS + 1):
+        moments.append((f"operation {operation}", operation))
+    moments += [(f"time {number}", generator.uniform(0.0, 0.4)) for number in range(4)]
+    states = {}
+    for name, moment in moments:
+        process = os.fork()
+        if process == 0:  # pragma: no cover
+            if isinstance(moment, int):
+                _die_at_file_operation(moment)
+            train(make(dropout=0.1, reparameterization="mlp"), folder / name, **run)
+            os._exit(0)
+        if isinstance(moment, float):
+            while not (folder / name / "checkpoint-1" / "trainer_state.json").exists():
+                time.sleep(0.002)
+            time.sleep(moment)
+            os.kill(process, signal.SIGKILL)
+        states[name] = os.waitpid(process, 0)[1]
+    return {"states": states}
+
+
+def _die_at_file_operation(count: int) -> None:
+    """Let this process kill itself at one of the flushes and renames of its third save."""
+    left = 2 * FILE_OPERATIONS + count
+
+    def counting(function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
+
+    os.fsync, Path.replace = counting(os.fsync), counting(Path.replace)  # type: ignore[method-assign]
+
+
 class Gathered(TorchDispatchMode):
     """Counts the numbers that collectives put together."""
 
@@ -316,7 +365,7 @@ def _let_accelerate_use_several_cpus(args: TrainingArguments) -> None:
 
 if __name__ == "__main__":
     output = Path(sys.argv[2])
-    results = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](output)
+    results = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3, "killed": killed}[sys.argv[1]](output)
     if is_main():
         (output / "results.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
