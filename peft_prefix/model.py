@@ -38,7 +38,7 @@ from .ownership import claim, require_encoding
 from .parameterization import PrefixTensors
 from .passes import outside_of_calls
 from .placement import home, layer_devices
-from .processes import complete, is_sharded, readable, whole
+from .processes import complete, is_sharded, readable, require_no_wrapped_layers, whole
 from .stopping import PositionsUsedUp
 
 DEFAULT_PREFIX = "default"
@@ -291,6 +291,7 @@ class PrefixModel(PreTrainedModel):
     @contextmanager
     def _acting(self, arguments: Mapping[str, Any], padding_mask: bool = True) -> Iterator[None]:
         """While this is open, the base runs with the active prefix and its modules."""
+        require_no_wrapped_layers(self.base)
         call = self._call(arguments if padding_mask else {})
         with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments):
             yield

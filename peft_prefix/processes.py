@@ -44,6 +44,20 @@ def require_whole(module: nn.Module) -> None:
         )
 
 
+def require_no_wrapped_layers(base: nn.Module) -> None:
+    """Check that no layer runs again in the backward pass in a way that cannot be followed.
+
+    Raises:
+        PrefixInputError: FSDP's own activation checkpointing would read no prefix then.
+    """
+    if base.training and any("_checkpoint_wrapped_module" in module._modules for module in base.modules()):
+        raise PrefixInputError(
+            "FSDP's activation checkpointing runs layers again after the call, without the prefix. Set "
+            "fsdp_activation_checkpointing: false, and call model.gradient_checkpointing_enable() or use "
+            "TrainingArguments(gradient_checkpointing=True), which saves as much memory."
+        )
+
+
 def require_all_used(prefixes: Mapping[str, nn.Module], active: str) -> None:
     """Check that DDP can average the gradients of a bank of which one prefix acts.
 

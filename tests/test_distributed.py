@@ -136,6 +136,10 @@ def test_fsdp(tmp_path: Path) -> None:
     assert 0 < size < 4 * model.base.num_parameters() / 4
     assert not list(sharded.glob("prefix*"))  # as docs/distributed.md says
 
+    assert "in every process" in found["refusals"][0]
+    assert "only a part of the prefix" in found["refusals"][1]
+    assert not (folder / "saved" / "refused").exists()
+
     # What the processes had in memory, and what the file gives in one.
     for saved in ("final", "again", "by all"):
         base = FAMILIES["gpt2"].build()

@@ -146,10 +146,7 @@ def ddp(folder: Path) -> dict[str, Any]:
         torch.equal(value, before[name]) for name, value in bank.prefixes["other"].named_parameters()
     )
     bank = make_bank()
-    try:
-        train(bank, folder / "refused", gradient_checkpointing=True)
-    except PrefixInputError as error:
-        found["refusal"] = str(error)
+    found["refusal"] = refusal(lambda: train(bank, folder / "refused", gradient_checkpointing=True))
     bank.prefixes["other"].requires_grad_(False)
     found["frozen"] = train(bank, folder / "frozen", gradient_checkpointing=True)[1]
     return found
@@ -166,6 +163,10 @@ def fsdp(folder: Path) -> dict[str, Any]:
         trainer.save_model(str(folder / "saved" / "again"))
     found["gathered numbers"] = gathered.numbers
     trainer.model.save_pretrained(folder / "saved" / "by all", is_main_process=is_main())
+    found["refusals"] = [
+        refusal(lambda: trainer.model.save_pretrained(folder / "saved" / "refused", state_dict={})),
+        refusal(trainer.model.prefixes.states),
+    ]
     found["prefix in memory"] = {name: tensor.tolist() for name, tensor in trainer.model.prefix_state_dict().items()}
     ids = tokens(2, 7)
     with torch.no_grad():
@@ -205,6 +206,14 @@ def fsdp(folder: Path) -> dict[str, Any]:
         assert trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
         base = LlamaForCausalLM.from_pretrained(folder / "base")
     return found
+
+
+def refusal(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except PrefixInputError as error:
+        return str(error)
+    return ""
 
 
 def same_everywhere(one: PrefixModel, other: PrefixModel) -> bool:
