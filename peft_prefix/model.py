@@ -496,7 +496,11 @@ class PrefixModel(PreTrainedModel):
         self.prefixes.state_dict(destination=state, prefix=f"{prefix}{_PREFIXES}", keep_vars=keep_vars)
         if self._is_awaiting_shards:  # accelerate understands nothing else, and nothing else has been sharded
             return {key: tensor for key, tensor in state.items() if is_sharded(tensor)}
-        return state
+        if destination is not None:
+            return state
+        # Parameters first: accelerate before 1.11 finds the sharded ones by their place.
+        parameters = {f"{prefix}{_PREFIXES}{name}" for name, _ in self.prefixes.named_parameters()}
+        return dict(sorted(state.items(), key=lambda item: item[0] not in parameters))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what `state_dict` gave.

@@ -103,9 +103,10 @@ def test_ddp(tmp_path: Path) -> None:
     assert_runs_equal_one_process(found["losses"], folder, reference)
 
     assert len(found["whole"]) == train.STEPS
-    assert found["resumed"] == found["whole"]
-    whole, resumed = (load_file(folder / run / "final" / "prefix.safetensors") for run in ("whole", "resumed"))
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    if train.RESUMES_ON_CPUS:
+        assert found["resumed"] == found["whole"]
+        whole, resumed = (load_file(folder / run / "final" / "prefix.safetensors") for run in ("whole", "resumed"))
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
     assert found["bank"] == pytest.approx(found["losses"]["direct"], rel=1e-5)
     assert found["idle is unchanged"]
