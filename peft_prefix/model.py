@@ -509,24 +509,26 @@ class PrefixModel(PreTrainedModel):
             PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
                 a half restored prefix would train on in silence.
         """
-        own_state = self.state_dict()
+        own_state, is_complete = self.state_dict(), not self._is_awaiting_shards
         self._is_awaiting_shards = False
         if strict or assign:  # torch adds the parameters of the base, as they are, where it loads into shards
             base = dict(self.base.named_parameters(prefix="base", remove_duplicate=False))
             state_dict = {key: tensor for key, tensor in state_dict.items() if base.get(key) is not tensor}
         expected, found = (
-            {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("_extra_state")}
+            {key: None if key.endswith("_extra_state") else tuple(tensor.shape) for key, tensor in state.items()}
             for state in (own_state, state_dict)
         )
         if expected != found:
-            different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            different = sorted(
+                key for key in expected.keys() | found.keys() if expected.get(key, 0) != found.get(key, 0)
+            )
             raise PrefixFileError(
                 f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
                 "the PrefixConfig that the training was started with."
             )
         own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
         self._fillings += 1
-        return self.prefixes.load_state_dict(own, strict=len(own) == len(self.prefixes.state_dict()), assign=assign)
+        return self.prefixes.load_state_dict(own, strict=is_complete, assign=assign)
 
     def to(self, *args: Any, **kwargs: Any) -> PrefixModel:  # type: ignore[override]
         """Move prefixes and base, as any module.
