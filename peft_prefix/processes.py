@@ -94,10 +94,6 @@ def complete(base: PreTrainedModel) -> None:
     """
     if not is_fsdp_enabled() or not base.config.name_or_path:
         return
-    missing = torch.tensor(int(any(parameter.is_meta for parameter in base.parameters())))
-    distributed.all_reduce(missing)
-    if not missing:
-        return
     replaced: dict[torch.Tensor, torch.Tensor] = {}
     for module in base.modules():
         for kind in (module._parameters, module._buffers):
@@ -107,8 +103,12 @@ def complete(base: PreTrainedModel) -> None:
                     if tensor not in replaced:  # parameters may be shared
                         replaced[tensor] = _room_for(tensor)
                     tensors[name] = replaced[tensor]
-    for tensor in [*base.parameters(), *base.buffers()]:
-        distributed.broadcast(tensor.detach(), src=0)
+    reachable = [backend.split(":")[0] for backend in str(distributed.get_backend_config()).split(",")]
+    with torch.no_grad():
+        for tensor in [*base.parameters(), *base.buffers()]:
+            sent = tensor if tensor.device.type in reachable else tensor.to(reachable[0])
+            distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)
 
 
 @contextmanager

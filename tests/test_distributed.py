@@ -103,7 +103,7 @@ def test_ddp(tmp_path: Path) -> None:
     assert_runs_equal_one_process(found["losses"], folder, reference)
 
     assert len(found["whole"]) == train.STEPS
-    if train.RESUMES_ON_CPUS:
+    if train.RESUMES:
         assert found["resumed"] == found["whole"]
         whole, resumed = (load_file(folder / run / "final" / "prefix.safetensors") for run in ("whole", "resumed"))
         assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
@@ -152,7 +152,8 @@ def test_fsdp(tmp_path: Path) -> None:
     again = json.loads((folder / "fingerprint" / "prefix_config.json").read_text())
     assert metadata["weights_fingerprint"] == again["weights_fingerprint"] is not None
 
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+    # Older versions do not restore the optimizer from sharded states.
+    for kind in ("FULL_STATE_DICT", *(["SHARDED_STATE_DICT"] if train.RESUMES else [])):
         for form in ("none", "mlp"):
             assert found[f"{kind} {form} resumed"] == found[f"{kind} {form} whole"]
             assert found[f"{kind} {form} same"]

@@ -30,8 +30,8 @@ from helpers import tokens
 
 from peft_prefix import PrefixConfig, PrefixInputError, PrefixModel, get_prefix_model
 
-RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.23")
-"""Older trainers load an optimizer's state to a device "cpu:0", which torch does not know."""
+RESUMES = Version(transformers.__version__) >= Version("5.23")
+"""Whether the versions resume in processes on CPUs; older ones put the optimizer's state on a device "cpu:0"."""
 GLOBAL_BATCH = 4
 STEPS = 4
 
@@ -140,7 +140,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     # A run that stops half-way, with dropout, so that every process must get its random numbers back.
     whole, resumed = folder / "whole", folder / "resumed"
     found["whole"] = train(make(dropout=0.1), whole, save_strategy="steps", save_steps=2)[1]
-    if RESUMES_ON_CPUS:
+    if RESUMES:
         found["resumed"] = train(make(dropout=0.1), resumed, resume=whole / "checkpoint-2")[1]
 
     # Several prefixes that could be trained, of which one is in use.
