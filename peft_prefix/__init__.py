@@ -14,6 +14,7 @@ from .errors import (
 )
 from .geometry import Geometry, LayerGeometry
 from .model import PrefixModel, get_prefix_model
+from .resume import last_checkpoint
 from .version import __version__
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "get_prefix_model",
+    "last_checkpoint",
 ]

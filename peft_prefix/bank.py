@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from .geometry import Geometry
 from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
 from .modules_to_save import MODULES, ModuleWeights
 from .parameterization import DirectPrefix, MLPPrefix, Parameterization, PrefixTensors, build_parameterization
+from .processes import require_all_used, require_whole, whole
 
 SiteNames = dict[str, list[tuple[str, str] | None]]
 """Names of the tensors of keys and values by site and layer; `None` for layers that keep none."""
@@ -86,6 +88,7 @@ class PrefixBank(nn.ModuleDict):
         name: str,
         config: PrefixConfig,
         tensors: PrefixTensors,
+        devices: Mapping[tuple[str, int], torch.device],
         device: torch.device,
         weights: ModuleWeights,
         is_trainable: bool = True,
@@ -96,7 +99,8 @@ class PrefixBank(nn.ModuleDict):
             name: A name that is not taken.
             config: What it looks like.
             tensors: Its keys and values by name.
-            device: Where the keys and values go.
+            devices: Where the keys and values of each site and layer go.
+            device: Where a network goes, and layers that are not in `devices`.
             weights: Its weights for modules of the base.
             is_trainable: Whether it is trained.
         """
@@ -105,6 +109,8 @@ class PrefixBank(nn.ModuleDict):
         module = build_parameterization(geometry, config) if is_trainable else DirectPrefix(geometry, config)
         module.start_from(tensors)
         module.to(device)
+        if isinstance(module, DirectPrefix):
+            module.spread(devices)
         if is_trainable and isinstance(module, DirectPrefix):
             good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
             watch = LearningRateWatch(module.parameters(), good_rate)  # of the prefix alone
@@ -138,9 +144,31 @@ class PrefixBank(nn.ModuleDict):
         assert isinstance(weights, ModuleWeights)
         return weights
 
+    def saved(self, state: Mapping[str, torch.Tensor] | None = None) -> PrefixTensors:
+        """What a file of the active prefix contains, without gradients.
+
+        Args:
+            state: A gathered training state of this bank; without one, the parameters themselves are read, for which
+                all processes must ask where they are spread over several.
+
+        Returns:
+            Plain keys and values, and the weights of the modules that are saved with them, by name.
+        """
+        name, _, module = self.in_use()
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        tensors = whole(own) if state is None else {key: state[f"{name}.{key}"].detach().clone() for key in own}
+        modules = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}
+        plain: PrefixTensors = {key: tensor for key, tensor in tensors.items() if key not in modules}
+        if isinstance(module, MLPPrefix):
+            plain = module.folded(plain)
+        return {**plain, **modules}
+
     def states(self) -> CallStates:
         """The active prefix for one call of the base."""
         name, config, module = self.in_use()
+        if not torch.compiler.is_compiling():
+            require_whole(module)
+            require_all_used(dict(self.items()), name)
         return CallStates(module, self._names[name], config.dropout if self.training else 0.0)
 
     def get_extra_state(self) -> torch.Tensor:

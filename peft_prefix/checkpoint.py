@@ -28,6 +28,8 @@ from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, P
 from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
+from .placement import repeated_names, weight_of
+from .processes import is_sharded
 from .version import __version__
 
 TENSOR_FILE = "prefix.safetensors"
@@ -237,18 +239,21 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
             one each time.
     """
     left_out = tuple(f"{name}." for name in without)
+    repeated = repeated_names(base)
     matrices = sorted(
         (name, weight)
         for name, weight in base.named_parameters()
-        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out)
+        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out) and name not in repeated
     )
-    # Those that are quantized in place or sharded are tensors of classes of their own.
-    own_class = any(type(weight.detach()) is not torch.Tensor for _, weight in matrices)
-    quantized = own_class or getattr(base, "hf_quantizer", None) is not None
-    if quantized or not matrices or any(weight.is_meta or weight.numel() == 0 for _, weight in matrices):
+    quantized = getattr(base, "hf_quantizer", None) is not None
+    if quantized or not matrices:
         return None
     count = min(64, len(matrices))
-    chosen = [matrices[i * len(matrices) // count][1].detach() for i in range(count)]
+    chosen = [weight_of(base, matrices[i * len(matrices) // count][1]).detach() for i in range(count)]
+    # Those that are quantized in place or sharded are tensors of classes of their own.
+    own_class = any(type(weight) is not torch.Tensor or is_sharded(weight) for weight in chosen)
+    if own_class or any(weight.is_meta or weight.numel() == 0 for weight in chosen):
+        return None
     numbers = [weight.flatten()[weight.numel() * k // 8] for weight in chosen for k in (1, 3, 5, 7)]
     sample = torch.stack([number.to("cpu", torch.float32) for number in numbers])
     names = hashlib.sha256(" ".join(name for name, _ in matrices).encode()).hexdigest()[:8]

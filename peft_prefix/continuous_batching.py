@@ -31,6 +31,7 @@ from .masks import PrefixColumns, window_kind, with_prefix_columns
 from .modules_to_save import ModuleWeights, require_called
 from .ownership import Owner
 from .passes import outside_of_calls
+from .placement import home
 
 _PAGED = {"full_attention", "sliding_attention"}
 """Types of layers that transformers has pages for."""
@@ -170,8 +171,9 @@ class RequestModel(ContinuousMixin):
                 "Compiled passes of requests with a prefix are not supported: leave the compile configs of "
                 "ContinuousBatchingConfig (and compile_config) out."
             )
-        ids = torch.ones(1, 1, dtype=torch.int32, device=self.base.device)
-        mask = torch.zeros(1, 1, 1, 1, dtype=self.base.dtype, device=self.base.device)
+        device = home(self.base)
+        ids = torch.ones(1, 1, dtype=torch.int32, device=device)
+        mask = torch.zeros(1, 1, 1, 1, dtype=self.base.dtype, device=device)
         kinds = set(getattr(self._text_config, "layer_types", None) or ())
         try:
             with torch.no_grad():

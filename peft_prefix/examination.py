@@ -14,6 +14,7 @@ from .example_inputs import example_inputs
 from .geometry import Geometry
 from .injection import Injection
 from .passes import remove_gates
+from .placement import home
 from .recording import geometry_of, record
 from .selftest import check_base
 from .structure import find_structure
@@ -33,7 +34,7 @@ def examined(base: PreTrainedModel) -> tuple[Geometry, Injection]:
     """
     before = _parts(base)
     try:
-        with _full_precision(base.device):
+        with _full_precision(home(base)):
             structure = find_structure(base)
             geometry = geometry_of(type(base).__name__, record(base, structure, example_inputs(base)))
             injection = Injection(base, structure)

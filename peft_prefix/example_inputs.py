@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
+from .placement import can_run, home
 
 
 def example_inputs(base: PreTrainedModel, input_ids: torch.Tensor | None = None) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def example_inputs(base: PreTrainedModel, input_ids: torch.Tensor | None = None)
         UnsupportedModelError: The model's encoder reads something else than text or the features of speech.
     """
     ids = ordinary_ids(base, 1)[None] if input_ids is None else input_ids
-    ids = ids.to(base.device)
+    ids = ids.to(home(base))
     if not base.config.is_encoder_decoder:
         return {"input_ids": ids}
     return {**source_inputs(base, ids), "decoder_input_ids": ids}
@@ -46,7 +47,7 @@ def source_inputs(base: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, A
         frames = 2 * config.max_source_positions  # the second convolution of the encoder halves them
         generator = torch.Generator().manual_seed(int(input_ids.sum()))
         noise = torch.randn(input_ids.shape[0], config.num_mel_bins, frames, generator=generator)
-        return {"input_features": noise.to(base.device, base.dtype)}
+        return {"input_features": noise.to(home(base), base.dtype)}
     raise UnsupportedModelError(
         f"The encoder of {type(base).__name__} reads {base.main_input_name} in a form that is not known here; prefixes "
         "are supported for encoders of text and for speech encoders like Whisper's."
@@ -73,21 +74,40 @@ def ordinary_ids(base: PreTrainedModel, count: int) -> torch.Tensor:
     """Different ordinary tokens, spread over the vocabulary, `(count,)`."""
     allowed = torch.nonzero(ordinary_tokens(base))[:, 0]
     chosen: torch.Tensor = allowed[torch.arange(1, count + 1) * len(allowed) // (count + 2)]
-    return chosen.to(base.device)
+    return chosen.to(home(base))
 
 
 def loss_counts_items(base: PreTrainedModel) -> bool:
     """Whether the loss depends on `num_items_in_batch`; `True` where that cannot be tried, as transformers assumes."""
-    if any(parameter.is_meta for parameter in base.parameters()):
+    if not can_run(base):
         return True
     ids = ordinary_ids(base, 3)[None]
     inputs = {"input_ids": ids} if not base.config.is_encoder_decoder else source_inputs(base, ids)
+    classes = torch.zeros(1, int(getattr(base.config, "num_labels", 1)), device=ids.device)
+    problem = getattr(base.config, "problem_type", None)
+    try:
+        # Labels of a language model, of tokens, of a text, and several of a text.
+        for labels in (ids, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]), classes):
+            losses = _losses(base, inputs, labels)
+            if losses is not None:
+                one, two = losses
+                return bool((one - two).abs() > 0.1 * one.abs())
+    finally:
+        if hasattr(base.config, "problem_type"):
+            base.config.problem_type = problem  # classifiers note what they were first given
+    return True
+
+
+def _losses(
+    base: PreTrainedModel, inputs: dict[str, torch.Tensor], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The loss when it is told of one item and of two; `None` if it takes no such labels."""
     try:
         with torch.no_grad():
             one, two = (
-                base(**inputs, labels=ids, num_items_in_batch=torch.tensor(count, device=ids.device)).loss
+                base(**inputs, labels=labels, num_items_in_batch=torch.tensor(count, device=labels.device)).loss
                 for count in (1, 2)
             )
     except (ValueError, RuntimeError, IndexError, TypeError):
-        return True
-    return bool((one - two).abs() > 0.1 * one.abs())
+        return None
+    return None if one is None or two is None else (one, two)

@@ -17,6 +17,7 @@ from .example_inputs import example_inputs, ordinary_ids, ordinary_tokens, sourc
 from .geometry import Geometry
 from .ownership import require_owner
 from .parameterization import PrefixTensors
+from .placement import home, weight_of
 from .recording import States, record, recording, states_of
 from .structure import Structure, evaluation_mode
 
@@ -108,10 +109,10 @@ def activations(
     Returns:
         Keys `(H, p, Dk)` and values `(H, p, Dv)` by name.
     """
-    ids = input_ids[None].to(base.device)
+    ids = input_ids[None].to(home(base))
     arguments = example_inputs(base, ids)
     if structure.encoder is not None:
-        start = start_token(base).to(base.device)
+        start = start_token(base).to(home(base))
         arguments["decoder_input_ids"] = torch.cat([start[None], ids[:, :-1]], dim=1)
     return _one_row(record(base, structure, arguments), geometry, len(input_ids))
 
@@ -161,10 +162,10 @@ def _vocabulary(inputs: InitInputs) -> PrefixTensors:
         else:
             ids, word = "decoder_input_ids", start_token(base)
             words = torch.multinomial(ordinary, p, replacement=True, generator=generator)
-            read = source_inputs(base, words[None].to(base.device))
+            read = source_inputs(base, words[None].to(home(base)))
             source = {"encoder_outputs": inputs.structure.encoder(**read)}
         for _ in range(p):
-            tokens = {ids: word[None].to(base.device)}
+            tokens = {ids: word[None].to(home(base))}
             output = backbone_of(base)(**source, **tokens, past_key_values=run.cache)
             logits = _next_word(base, output)[: len(ordinary)].float().cpu()
             word = torch.multinomial((logits + ordinary.log()).softmax(dim=-1), 1, generator=generator)
@@ -177,9 +178,9 @@ def _next_word(base: PreTrainedModel, output: Any) -> torch.Tensor:
         logits: torch.Tensor = output.logits[0, -1]
         return logits
     last: torch.Tensor = output.last_hidden_state[0, -1]
-    embeddings = cast("torch.Tensor", base.get_input_embeddings().weight)
+    embeddings = weight_of(base, cast("torch.Tensor", base.get_input_embeddings().weight))
     if last.shape[0] == embeddings.shape[1]:
-        return torch.mv(embeddings, last.to(embeddings))
+        return torch.mv(embeddings.to(last.device), last.to(embeddings.dtype))
     return last.new_zeros(len(embeddings))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -41,9 +41,13 @@ from .ownership import Owner, claim, require_encoding
 from .packing import without_repeats
 from .parameterization import PrefixTensors
 from .passes import Intervention, outside_of_calls
+from .placement import home, layer_devices
+from .processes import complete, is_sharded, readable, require_no_wrapped_layers, whole
 from .stopping import PositionsUsedUp
 
 DEFAULT_PREFIX = "default"
+_PREFIXES = "prefixes."
+"""What the names of all prefixes' parameters begin with."""
 
 
 class PrefixModel(PreTrainedModel):
@@ -82,7 +86,9 @@ class PrefixModel(PreTrainedModel):
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
-        geometry, injection = examined(base)
+        complete(base)
+        with readable(base):
+            geometry, injection = examined(base)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         self.geometry = geometry
@@ -94,6 +100,8 @@ class PrefixModel(PreTrainedModel):
         self._label_logits = LabelLogits(base)
         self._label_only_logits = True
         self._request_model: RequestModel | None = None
+        self._fingerprints: dict[str, str | None] = {}
+        self._is_awaiting_shards = False
         self.train(base.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -141,9 +149,9 @@ class PrefixModel(PreTrainedModel):
             )
         weights = ModuleWeights(self.base, config.modules_to_save or ())
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
-        self.prefixes.install(name, config, tensors, self.base.device, weights)
-        self._owner(name, self.prefixes[name])
+        self._install(name, config, tensors, weights)
         self.prefixes.active = name
+        self._fingerprint(name)
 
     def set_prefix(self, name: str) -> None:
         """Use another prefix from now on; training goes to it alone, unless it was loaded frozen.
@@ -193,12 +201,10 @@ class PrefixModel(PreTrainedModel):
         """What a file of the active prefix contains, detached and named as there.
 
         Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
-        names begin with `modules_to_save.`.
+        names begin with `modules_to_save.`. Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of
+        them must call this.
         """
-        _, _, parameterization = self.prefixes.in_use()
-        with torch.no_grad():
-            tensors = {**parameterization(), **self.prefixes.weights().saved()}
-            return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        return self.prefixes.saved()
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -386,6 +392,8 @@ class PrefixModel(PreTrainedModel):
         self, arguments: Mapping[str, Any], padding_mask: bool = True, more: Sequence[Intervention] = ()
     ) -> Iterator[None]:
         """While this is open, the base runs with the active prefix and its modules."""
+        if not torch.compiler.is_compiling():
+            require_no_wrapped_layers(self.base)
         call = self._call(arguments if padding_mask else {})
         with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments, more):
             yield
@@ -425,9 +433,10 @@ class PrefixModel(PreTrainedModel):
         """What a prefix of this configuration starts from."""
         geometry = self.geometry.only(config.sites or ())
         structure = self._injection.structure
-        return initial_tensors(
-            InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
-        )
+        with readable(self.base):
+            return initial_tensors(
+                InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
+            )
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -442,39 +451,48 @@ class PrefixModel(PreTrainedModel):
         repo_id: str | None = None,
         token: str | bool | None = None,
         max_shard_size: int | str | None = None,
+        save_function: Callable[..., Any] | None = None,
     ) -> None:
         """Save the active prefix: `prefix.safetensors` and `prefix_config.json`.
 
         In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
         saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
 
+        Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
+        `state_dict` is given.
+
         Args:
             save_directory: Folder for the files; made if it is missing.
             is_main_process: With several processes, whether this one writes.
-            state_dict: The training state, if the caller has gathered it already.
+            state_dict: The training state, if the caller has gathered it already (`accelerator.get_state_dict(model)`).
             push_to_hub: Upload the folder to `repo_id` afterwards.
             dtype: Floating-point dtype of `prefix.safetensors`.
             repo_id: Repository on the Hub; by default named like the folder.
             token: Access token for the Hub.
             max_shard_size: Ignored: a prefix is one small file. (`push_to_hub` of transformers passes it.)
+            save_function: Ignored: a prefix is always safetensors. (`accelerator.save` is passed in many scripts.)
 
         Raises:
             PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
+            PrefixInputError: The prefix is spread over several processes, and `state_dict` lacks it.
         """
+        if not is_main_process and state_dict is not None:
+            return
+        state = self._gathered(state_dict)
         if not is_main_process:
             return
         directory = Path(save_directory)
-        _, config, _ = self.prefixes.in_use()
+        name, config, _ = self.prefixes.in_use()
         checkpoint.write_prefix(
             directory,
-            self.prefix_state_dict(),
+            self.prefixes.saved({key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}),
             config,
             self.geometry.only(config.sites or ()),
-            checkpoint.weights_fingerprint(self.base, without=config.modules_to_save or ()),
+            self._fingerprint(name),
             dtype,
         )
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
-            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state_dict or self.state_dict())
+            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state)
         if push_to_hub:
             self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
 
@@ -575,16 +593,23 @@ class PrefixModel(PreTrainedModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self.prefixes.install(name, config, tensors, self.base.device, weights, is_trainable)
-        self._owner(name, self.prefixes[name])
+        self._install(name, config, tensors, weights, is_trainable)
         self.prefixes.active = self.prefixes.active or name
+        self._fingerprints[name] = own
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """The training state: parameters and buffers of the prefixes, nothing of the base."""
         state: dict[str, Any] = {} if destination is None else destination
-        return self.prefixes.state_dict(destination=state, prefix=f"{prefix}prefixes.", keep_vars=keep_vars)
+        self.prefixes.state_dict(destination=state, prefix=f"{prefix}{_PREFIXES}", keep_vars=keep_vars)
+        if self._is_awaiting_shards:  # accelerate understands nothing else, and nothing else has been sharded
+            return {key: tensor for key, tensor in state.items() if is_sharded(tensor)}
+        if destination is not None:
+            return state
+        # Parameters first: accelerate before 1.11 finds the sharded ones by their place.
+        parameters = {f"{prefix}{_PREFIXES}{name}" for name, _ in self.prefixes.named_parameters()}
+        return dict(sorted(state.items(), key=lambda item: item[0] not in parameters))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what `state_dict` gave.
@@ -593,19 +618,38 @@ class PrefixModel(PreTrainedModel):
             PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
                 a half restored prefix would train on in silence.
         """
+        own_state, is_complete = self.state_dict(), not self._is_awaiting_shards
+        self._is_awaiting_shards = False
+        if strict or assign:  # torch adds the parameters of the base, as they are, where it loads into shards
+            base = dict(self.base.named_parameters(prefix="base", remove_duplicate=False))
+            state_dict = {key: tensor for key, tensor in state_dict.items() if base.get(key) is not tensor}
         expected, found = (
-            {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("_extra_state")}
-            for state in (self.state_dict(), state_dict)
+            {key: None if key.endswith("_extra_state") else tuple(tensor.shape) for key, tensor in state.items()}
+            for state in (own_state, state_dict)
         )
         if expected != found:
-            different = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            different = sorted(
+                key for key in expected.keys() | found.keys() if expected.get(key, 0) != found.get(key, 0)
+            )
             raise PrefixFileError(
                 f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
                 "the PrefixConfig that the training was started with."
             )
-        own = {key.removeprefix("prefixes."): tensor for key, tensor in state_dict.items()}
+        own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
         self._fillings += 1
-        return self.prefixes.load_state_dict(own, assign=assign)
+        return self.prefixes.load_state_dict(own, strict=is_complete, assign=assign)
+
+    def to(self, *args: Any, **kwargs: Any) -> PrefixModel:  # type: ignore[override]
+        """Move prefixes and base, as any module.
+
+        With `cpu_ram_efficient_loading` of FSDP2, accelerate moves a model to no device at all ("meta"), shards it and
+        fills it again from its `state_dict()`, which does not hold the base. Every process has the base already
+        (see `processes.py`), so it is sharded as it is.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_meta(*args, **kwargs):
+            self._is_awaiting_shards = True
+            return self
+        return super().to(*args, **kwargs)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
@@ -666,7 +710,19 @@ class PrefixModel(PreTrainedModel):
             return bool(declared)
         parameters = inspect.signature(self.base.forward).parameters.values()
         takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        return takes_more and loss_counts_items(self.base)
+        with readable(self.base):
+            return takes_more and loss_counts_items(self.base)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, also where its base is spread over devices or put aside (`device_map`)."""
+        return home(self.base)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """The base model's `device_map`, if it was loaded with one; the `Trainer` then leaves it where it is."""
+        devices = cast("dict[str, Any]", self.base.hf_device_map)
+        return {f"base.{name}".rstrip("."): device for name, device in devices.items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The base model's input embeddings."""
@@ -706,6 +762,35 @@ class PrefixModel(PreTrainedModel):
     def _prepare_encoder_decoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # its name before transformers 5.20 or so
         return self._encoded_for_generation("_prepare_encoder_decoder_kwargs_for_generation", *args, **kwargs)
+
+    def _gathered(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The whole training state, of a given one or of this model's own.
+
+        Raises:
+            PrefixInputError: The given one lacks what this process alone cannot know.
+        """
+        own = self.state_dict(keep_vars=True)
+        if state is None:
+            return whole(own)
+        if any(is_sharded(tensor) and key not in state for key, tensor in own.items()):
+            raise PrefixInputError(
+                "The given state_dict lacks the prefix, which is spread over several processes. Give all of "
+                "accelerator.get_state_dict(model), or none and call save_pretrained in every process."
+            )
+        return {key: state.get(key, tensor).detach() for key, tensor in own.items()}
+
+    def _install(
+        self, name: str, config: PrefixConfig, tensors: PrefixTensors, weights: ModuleWeights, trainable: bool = True
+    ) -> None:
+        devices = layer_devices(self.base, self._injection.structure)
+        self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable)
+        self._owner(name, self.prefixes[name])
+
+    def _fingerprint(self, name: str) -> str | None:
+        """What identifies the base's weights; what was known of them, once they are spread over processes."""
+        without = self.prefixes.configs[name].modules_to_save or ()
+        self._fingerprints[name] = checkpoint.weights_fingerprint(self.base, without) or self._fingerprints.get(name)
+        return self._fingerprints[name]
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()
@@ -810,6 +895,10 @@ def _wants_pages(
 ) -> bool:
     """Whether these arguments of `generate` ask for a thread of its own, where no prefix would act."""
     return "paged" in (cache_implementation, getattr(generation_config, "cache_implementation", None))
+
+
+def _is_meta(device: Any = None, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "meta"
 
 
 def _require_no_prefix(arguments: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .backbone import head_modules
 from .errors import IncompatibleBaseError, PrefixConfigError, PrefixInputError, PrefixNotConsumedError, some_of
+from .processes import whole
 
 MODULES = "modules_to_save"
 """What the names of these modules' tensors begin with, in files and in training states."""
@@ -123,7 +124,8 @@ class ModuleWeights(nn.Module):
             if parent not in owner._modules:
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
-        owner.register_parameter(last, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
+        weight = whole({place: parameter})[place]
+        owner.register_parameter(last, nn.Parameter(weight.to(torch.float32, copy=True)))
 
 
 def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

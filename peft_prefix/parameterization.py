@@ -6,7 +6,8 @@ many numbers (their parameters). Shapes: `p` virtual tokens, `H` key/value heads
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -64,6 +65,12 @@ class DirectPrefix(nn.Module):
         sites = ((site, self.get_submodule(site)) for site in self.sites)
         return {name: tensor for site, module in sites for name, tensor in module.named_parameters(prefix=site)}
 
+    def spread(self, devices: Mapping[tuple[str, int], torch.device]) -> None:
+        """Move the keys and values of each site and layer to a device of their own."""
+        for (site, index), device in devices.items():
+            if site in self.sites and str(index) in (layers := cast("Any", self.get_submodule(f"{site}.layers"))):
+                layers[str(index)].to(device)
+
     def start_from(self, tensors: PrefixTensors) -> None:
         """Copy the given keys and values into the parameters."""
         with torch.no_grad():
@@ -86,6 +93,8 @@ class MLPPrefix(nn.Module):
 
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
         super().__init__()
+        self.geometry = geometry
+        self.config = config
         self.sites = tuple(geometry.sites)
         for number, site in enumerate(self.sites):
             self.add_module(site, _SiteMLP(geometry.only([site]), config, config.init_seed + number))
@@ -93,6 +102,14 @@ class MLPPrefix(nn.Module):
     def forward(self) -> PrefixTensors:
         """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
         return {name: tensor for site in self.sites for name, tensor in self.get_submodule(site)().items()}
+
+    def folded(self, state: Mapping[str, torch.Tensor]) -> PrefixTensors:
+        """What networks with this state give; this one's own parameters may be spread over processes."""
+        network = MLPPrefix(self.geometry, self.config)
+        network.load_state_dict(state)
+        anchor = next(tensor for name, tensor in state.items() if name.endswith("anchor"))
+        with torch.no_grad():
+            return network.to(anchor.device, anchor.dtype).forward()
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Move the anchors to the given keys and values and set the output layers back to zero."""

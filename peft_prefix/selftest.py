@@ -23,6 +23,7 @@ from .geometry import Geometry
 from .injection import Injection
 from .ownership import Owner
 from .passes import intervening
+from .placement import can_run
 from .recording import record, recording
 from .structure import evaluation_mode, give_cache
 
@@ -44,7 +45,7 @@ def check_base(base: PreTrainedModel, injection: Injection, geometry: Geometry) 
     Raises:
         UnsupportedModelError: The results differ.
     """
-    if any(parameter.is_meta for parameter in base.parameters()):
+    if not can_run(base):
         return geometry  # there is nothing to compute with
     trial = _Trial(base, injection)
     with evaluation_mode(base), torch.no_grad():

@@ -153,6 +153,17 @@ def test_a_loss_that_ignores_the_number_of_items_is_known(family: str, counts: b
     assert random_model(FAMILIES[family].build()).accepts_loss_kwargs is counts
 
 
+@pytest.mark.parametrize("problem", [None, "regression", "single_label_classification", "multi_label_classification"])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_losses_of_classifiers_count_no_items(head: str, problem: str | None) -> None:
+    """The Trainer would multiply their loss by the number of processes, and add up accumulated batches."""
+    sizes = {**FAMILIES["llama"].kwargs, "num_labels": 3, "problem_type": problem}
+    config = transformers.LlamaConfig(**sizes)
+    model = random_model(getattr(transformers, f"LlamaFor{head}")(config))
+    assert model.accepts_loss_kwargs is False
+    assert model.config.problem_type == problem
+
+
 def test_a_base_that_exchanges_its_attention_for_short_inputs_is_refused_and_left_as_it_was() -> None:
     family = Family("BigBirdPegasusConfig", "BigBirdPegasusForConditionalGeneration", BIG_BIRD)
     base = family.build()
