@@ -84,7 +84,7 @@ $(VENV)/.stamp-demo: $(REQUIREMENTS) | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-test: $(REQUIREMENTS) | $(VENV)/.stamp-venv
-	$(call install,$(VENV),constraints.txt,test)
+	$(call install,$(VENV),constraints.txt,test$(comma)integrations)
 	@touch $@
 
 $(VENV)/.stamp-docs: $(REQUIREMENTS) | $(VENV)/.stamp-venv

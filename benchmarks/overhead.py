@@ -61,13 +61,15 @@ def training(base: PreTrainedModel, model: PrefixModel, ids: torch.Tensor) -> Va
     half[:, : ids.shape[1] // 2] = -100
     embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
 
+    model.train()
+
     def plain(labels: torch.Tensor) -> Callable[[], object]:
-        return lambda: base.train()(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
+        return lambda: base(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
 
     def prefixed(labels: torch.Tensor, label_only: bool) -> Callable[[], object]:
         def step() -> None:
             model.label_only_logits = label_only
-            model.train()(input_ids=ids, labels=labels).loss.backward()
+            model(input_ids=ids, labels=labels).loss.backward()
             model.zero_grad()
 
         return step

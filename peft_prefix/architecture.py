@@ -59,6 +59,7 @@ def specialized(wrapper: type[Wrapper], base_class: type[PreTrainedModel]) -> ty
     }
     namespace = {
         **settings,
+        "_wrapper": wrapper,
         "__module__": base_class.__module__,  # transformers looks some abilities up in the module's source
         "__qualname__": f"{wrapper.__qualname__}[{base_class.__name__}]",
         "__doc__": wrapper.__doc__,

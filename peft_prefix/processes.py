@@ -155,7 +155,7 @@ def _put_together(tensors: Mapping[str, torch.Tensor]) -> AbstractContextManager
     partitioned = [tensor for tensor in tensors.values() if hasattr(tensor, "ds_id")]
     if not partitioned:
         return nullcontext()
-    import deepspeed  # type: ignore[import-not-found]  # who has such parameters has it
+    import deepspeed  # who has such parameters has it
 
     return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(partitioned))
 

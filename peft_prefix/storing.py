@@ -1,0 +1,287 @@
+"""Saving and loading prefixes, and the state of a training."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from . import checkpoint
+from .config import PrefixConfig
+from .errors import IncompatibleBaseError, PrefixFileError, PrefixInputError, PrefixWarning, some_of
+from .generating import GeneratingModel
+from .hub import locate_prefix
+from .modules_to_save import ModuleWeights
+from .parameterization import PrefixTensors
+from .placement import home, layer_devices
+from .processes import is_sharded, whole
+
+DEFAULT_PREFIX = "default"
+_PREFIXES = "prefixes."
+"""What the names of all prefixes' parameters begin with."""
+
+
+class StoringModel(GeneratingModel):
+    """A model whose prefixes can be saved and loaded, by themselves or as the state of a training."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        super().__init__(base)
+        self._fingerprints: dict[str, str | None] = {}
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int | str | None = None,
+        save_function: Callable[..., Any] | None = None,
+    ) -> None:
+        """Save the active prefix: `prefix.safetensors` and `prefix_config.json`.
+
+        In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
+        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
+
+        Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
+        `state_dict` is given.
+
+        Args:
+            save_directory: Folder for the files; made if it is missing.
+            is_main_process: With several processes, whether this one writes.
+            state_dict: The training state, if the caller has gathered it already (`accelerator.get_state_dict(model)`).
+            push_to_hub: Upload the folder to `repo_id` afterwards.
+            dtype: Floating-point dtype of `prefix.safetensors`.
+            repo_id: Repository on the Hub; by default named like the folder.
+            token: Access token for the Hub.
+            max_shard_size: Ignored: a prefix is one small file. (`push_to_hub` of transformers passes it.)
+            save_function: Ignored: a prefix is always safetensors. (`accelerator.save` is passed in many scripts.)
+
+        Raises:
+            PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
+            PrefixInputError: The prefix is spread over several processes, and `state_dict` lacks it.
+        """
+        if not is_main_process and state_dict is not None:
+            return
+        state = self._gathered(state_dict)
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        name, config, _ = self.prefixes.in_use()
+        checkpoint.write_prefix(
+            directory,
+            self.prefixes.saved({key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}),
+            config,
+            self.geometry.only(config.sites or ()),
+            self._fingerprint(name),
+            dtype,
+        )
+        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
+            checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state)
+        if push_to_hub:
+            self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        base: PreTrainedModel,
+        prefix_name_or_path: str | Path,
+        *,
+        name: str = DEFAULT_PREFIX,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A base model with a saved prefix.
+
+        Args:
+            base: The model that the prefix was trained on.
+            prefix_name_or_path: A folder that `save_pretrained` wrote, or a repository id on the Hub.
+            name: Name of the prefix in the model.
+            is_trainable: Whether to train it further; otherwise it is frozen and the model is in evaluation mode.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside `prefix_name_or_path`.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never contact the Hub.
+
+        Returns:
+            The model, with the prefix active.
+
+        Raises:
+            PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
+            IncompatibleBaseError: The base has other layers, heads or widths.
+        """
+        model = cls(base)
+        model.load_prefix(
+            prefix_name_or_path,
+            name,
+            is_trainable=is_trainable,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        if not is_trainable:
+            model.eval()
+        return model
+
+    def load_prefix(
+        self,
+        prefix_name_or_path: str | Path,
+        name: str = DEFAULT_PREFIX,
+        *,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        """Load another prefix beside those that are there.
+
+        It is used after `set_prefix(name)`, or at once if it is the first.
+
+        Args: as `from_pretrained`.
+
+        Raises:
+            PrefixConfigError: The name is taken.
+            PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
+            IncompatibleBaseError: The base has other layers, heads or widths.
+        """
+        self.prefixes.check_new(name)
+        file = locate_prefix(
+            prefix_name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        description = checkpoint.read_description(file)
+        # A file says what it holds; one without this entry holds keys and values alone.
+        config = description.config.replace(modules_to_save=description.config.modules_to_save or ())
+        weights = self._weights_for(config, file)
+        geometry = self.geometry.only(config.sites or self.geometry.sites)
+        tensors = checkpoint.read_tensors(file, description, geometry, _name_of(self.base), weights.saved())
+        weights.load(tensors)
+        own = checkpoint.weights_fingerprint(self.base, without=weights.module_names)
+        if not checkpoint.same_weights(description.weights_fingerprint, own):
+            trained_on = description.config.base_model_name_or_path or "an unnamed model"
+            warnings.warn(
+                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with "
+                "other weights. It will probably work badly; load it onto the model that it was trained on.",
+                PrefixWarning,
+                stacklevel=2,
+            )
+        self._install(name, config, tensors, weights, is_trainable)
+        self.prefixes.active = self.prefixes.active or name
+        self._fingerprints[name] = own
+
+    def prefix_state_dict(self) -> PrefixTensors:
+        """What a file of the active prefix contains, detached and named as there.
+
+        Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
+        names begin with `modules_to_save.`. Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of
+        them must call this.
+        """
+        return self.prefixes.saved()
+
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The training state: parameters and buffers of the prefixes, nothing of the base."""
+        state: dict[str, Any] = {} if destination is None else destination
+        self.prefixes.state_dict(destination=state, prefix=f"{prefix}{_PREFIXES}", keep_vars=keep_vars)
+        if self._is_awaiting_shards:  # accelerate understands nothing else, and nothing else has been sharded
+            return {key: tensor for key, tensor in state.items() if is_sharded(tensor)}
+        if destination is not None:
+            return state
+        # Parameters first: accelerate before 1.11 finds the sharded ones by their place.
+        parameters = {f"{prefix}{_PREFIXES}{name}" for name, _ in self.prefixes.named_parameters()}
+        return dict(sorted(state.items(), key=lambda item: item[0] not in parameters))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
+                a half restored prefix would train on in silence.
+        """
+        own_state, is_complete = self.state_dict(), not self._is_awaiting_shards
+        self._is_awaiting_shards = False
+        if strict or assign:  # torch adds the parameters of the base, as they are, where it loads into shards
+            base = dict(self.base.named_parameters(prefix="base", remove_duplicate=False))
+            state_dict = {key: tensor for key, tensor in state_dict.items() if base.get(key) is not tensor}
+        expected, found = (
+            {key: None if key.endswith("_extra_state") else tuple(tensor.shape) for key, tensor in state.items()}
+            for state in (own_state, state_dict)
+        )
+        if expected != found:
+            different = sorted(
+                key for key in expected.keys() | found.keys() if expected.get(key, 0) != found.get(key, 0)
+            )
+            raise PrefixFileError(
+                f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
+                "the PrefixConfig that the training was started with."
+            )
+        own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
+        self._fillings += 1
+        return self.prefixes.load_state_dict(own, strict=is_complete, assign=assign)
+
+    def _gathered(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The whole training state, of a given one or of this model's own.
+
+        Raises:
+            PrefixInputError: The given one lacks what this process alone cannot know.
+        """
+        own = self.state_dict(keep_vars=True)
+        if state is None:
+            return whole(own)
+        if any(is_sharded(tensor) and key not in state for key, tensor in own.items()):
+            raise PrefixInputError(
+                "The given state_dict lacks the prefix, which is spread over several processes. Give all of "
+                "accelerator.get_state_dict(model), or none and call save_pretrained in every process."
+            )
+        return {key: state.get(key, tensor).detach() for key, tensor in own.items()}
+
+    def _install(
+        self, name: str, config: PrefixConfig, tensors: PrefixTensors, weights: ModuleWeights, trainable: bool = True
+    ) -> None:
+        devices = layer_devices(self.base, self._injection.structure)
+        self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable)
+        self._owner(name, self.prefixes[name])
+
+    def _fingerprint(self, name: str) -> str | None:
+        """What identifies the base's weights; what was known of them, once they are spread over processes."""
+        without = self.prefixes.configs[name].modules_to_save or ()
+        self._fingerprints[name] = checkpoint.weights_fingerprint(self.base, without) or self._fingerprints.get(name)
+        return self._fingerprints[name]
+
+    def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
+        names = config.modules_to_save or ()
+        missing = set(names) - {name for name, _ in self.base.named_modules()}
+        if missing:
+            raise IncompatibleBaseError(
+                f"{file} was trained together with {some_of(sorted(missing))}, which {_name_of(self.base)} does not "
+                "have. Load the base with the class that it was trained with, e.g. AutoModelForSequenceClassification."
+            )
+        return ModuleWeights(self.base, names)
+
+
+def _name_of(base: PreTrainedModel) -> str:
+    return base.config.name_or_path or f"this {type(base).__name__}"
