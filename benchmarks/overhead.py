@@ -50,33 +50,38 @@ def main() -> None:
         f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads",
         highlight=False,
     )
-    report(console, "training step", measured(training(base, model, ids), options.rounds))
+    whole, padded = torch.ones_like(ids), torch.ones_like(ids)
+    for row, length in enumerate(torch.linspace(options.length // 2, options.length, options.batch).int().tolist()):
+        padded[row, length:] = 0
+    model.train()
+    report(console, "training step", measured(training(base, model, ids, whole), options.rounds))
+    report(console, "training step, padded rows", measured(training(base, model, ids, padded), options.rounds))
     decode = decoding(base.eval(), model.eval(), ids, options.new_tokens)
     report(console, f"{options.new_tokens} tokens decoded", measured(decode, options.decoding_rounds))
 
 
-def training(base: PreTrainedModel, model: PrefixModel, ids: torch.Tensor) -> Variants:
+def training(base: PreTrainedModel, model: PrefixModel, ids: torch.Tensor, mask: torch.Tensor) -> Variants:
     """Forward and backward passes; the base's gradients go to its embeddings, as far as a prefix's go."""
-    half = ids.clone()
-    half[:, : ids.shape[1] // 2] = -100
+    places = mask.cumsum(dim=1)
+    every = ids.masked_fill(mask == 0, -100)
+    half = every.masked_fill(places <= places[:, -1:] // 2, -100)
     embeddings = base.get_input_embeddings()(ids).detach().requires_grad_()
 
-    model.train()
-
     def plain(labels: torch.Tensor) -> Callable[[], object]:
-        return lambda: base(inputs_embeds=embeddings, labels=labels, use_cache=False).loss.backward()
+        inputs = dict(inputs_embeds=embeddings, attention_mask=mask, labels=labels, use_cache=False)
+        return lambda: base(**inputs).loss.backward()
 
     def prefixed(labels: torch.Tensor, label_only: bool) -> Callable[[], object]:
         def step() -> None:
             model.label_only_logits = label_only
-            model(input_ids=ids, labels=labels).loss.backward()
+            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
             model.zero_grad()
 
         return step
 
     return {
-        "base, all tokens labelled": plain(ids),
-        "prefix, all tokens labelled": prefixed(ids, True),
+        "base": plain(every),
+        "prefix, all tokens labelled": prefixed(every, True),
         "prefix, half labelled, all logits": prefixed(half, False),
         "prefix, half labelled": prefixed(half, True),
     }

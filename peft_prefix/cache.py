@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttent
 
 from .errors import PrefixInputError
 from .recurrent import RecurrentPart, UnstoredLayer
+from .room import grown, may_grow_in_place
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """One layer's prefix: keys `(1 or batch, H, p, Dk)` and values `(1 or batch, H, p, Dv)`."""
@@ -112,7 +113,12 @@ class PrefixedLayer(CacheLayerMixin):
             Keys and values that attention reads, `p` entries longer than without a prefix.
         """
         growing = self._growing_layer()
-        if self.prefix is not None and growing is not None and growing.keys is not None and growing.values is not None:
+        new = (key_states, value_states)
+        if self.prefix is not None and growing is not None and may_grow_in_place(self.prefix, new):
+            keys, values = grown(growing, self.prefix, new)
+            self._note_reading()
+        elif self.prefix is not None and growing is not None and growing.keys is not None:
+            assert growing.values is not None
             # Its concatenation and ours are one and the same copy.
             keys, values = self._joined((growing.keys, key_states), (growing.values, value_states))
             growing.keys, growing.values = keys[:, :, self.length :], values[:, :, self.length :]
@@ -126,14 +132,17 @@ class PrefixedLayer(CacheLayerMixin):
 
     def _joined(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> KeyValue:
         """Real keys and values behind the prefix."""
-        self.consumed = True
-        if self.on_read is not None:
-            self.on_read()
+        self._note_reading()
         if self.prefix is None:
             return keys[0], values[0]
         own_keys = self.prefix[0].to(keys[0]).expand(keys[0].shape[0], -1, -1, -1)
         own_values = self.prefix[1].to(values[0]).expand(values[0].shape[0], -1, -1, -1)
         return torch.cat([own_keys, *keys], dim=-2), torch.cat([own_values, *values], dim=-2)
+
+    def _note_reading(self) -> None:
+        self.consumed = True
+        if self.on_read is not None:
+            self.on_read()
 
     def _growing_layer(self) -> DynamicLayer | None:
         """The layer underneath, if it does nothing but grow and holds something already."""

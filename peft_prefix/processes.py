@@ -50,7 +50,9 @@ def require_no_wrapped_layers(base: nn.Module) -> None:
     Raises:
         PrefixInputError: FSDP's own activation checkpointing would read no prefix then.
     """
-    if base.training and any("_checkpoint_wrapped_module" in module._modules for module in base.modules()):
+    if not (base.training and distributed.is_available() and distributed.is_initialized()):
+        return
+    if any("_checkpoint_wrapped_module" in module._modules for module in base.modules()):
         raise PrefixInputError(
             "FSDP's activation checkpointing runs layers again after the call, without the prefix. Set "
             "fsdp_activation_checkpointing: false, and call model.gradient_checkpointing_enable() or use "
