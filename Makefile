@@ -46,6 +46,11 @@ help: ## list the targets
 demo: $(VENV)/.stamp-demo ## run the demo: prefix-tune a small model on the CPU
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
+.PHONY: benchmark
+benchmark: $(VENV)/.stamp-demo ## measure what a prefix costs in time and memory
+	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+	$(VENV)/bin/python benchmarks/memory.py $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.stamp-demo $(VENV)/.stamp-test ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)

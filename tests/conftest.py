@@ -25,6 +25,7 @@ _NOT_TESTED = {
     "encoder_outputs": _NO_ENCODER,
     "image": "reads no images",
     "plain windows": "has no sliding window",
+    "SFTTrainer": "TRL's trainer is for causal models",
     "several turns": "the base's own generate reads a text again that a given cache holds already",
 }
 """Why a family has no test of a check at all."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import ENCODER_DECODERS, FAMILIES, KINDS, supported_attention
 from helpers import random_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
@@ -47,7 +47,10 @@ def conversations() -> Any:
 
 def base(family: str = "llama") -> PreTrainedModel:
     """A tiny base whose tokens fit the tokenizer."""
-    return FAMILIES[family].build("sdpa")
+    model = FAMILIES[family].build(supported_attention(FAMILIES[family])[-1])
+    if hasattr(model.config, "router_aux_loss_coef"):
+        model.config.router_aux_loss_coef = 0.0  # it depends on how rows are batched
+    return model
 
 
 def make_trainer(folder: Path, data: Any, model: PrefixModel | None = None, **arguments: Any) -> Any:
@@ -96,16 +99,21 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Te
     return list(zip(ids[0].split(lengths.tolist()), labels[0].split(lengths.tolist()), strict=True))
 
 
+REFUSE_PACKED = {"mpt", "qwen3_next"}
 ALL = [("llama", kind) for kind in ("completions", "conversations", "assistant_only")]
 
 
+@pytest.mark.ways("SFTTrainer")
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(
-    ("family", "kind"), [*ALL, *((family, "completions") for family in ("gpt2", "gemma3_text", "deepseek_v3"))]
+    ("family", "kind"),
+    [*ALL, *((family, "completions") for family in KINDS if family not in (*ENCODER_DECODERS, "llama"))],
 )
 def test_loss_and_gradients_are_those_of_the_model_on_each_row(
     family: str, kind: str, packing: bool, tmp_path: Path
 ) -> None:
+    if packing and family in REFUSE_PACKED:
+        pytest.skip("packed texts are refused; see test_conformance_precision.py")
     data = completions() if kind == "completions" else conversations()
     trainer = make_trainer(
         tmp_path,
