@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
@@ -51,6 +52,7 @@ class Injection:
         self.local_windows = LocalWindows(base)
         self.encoder = EncoderInjection(structure)
         self.may_be_checkpointed = [one for one in base.modules() if hasattr(one, "gradient_checkpointing")]
+        self.stacks = [one for one in base.modules() if isinstance(one, nn.ModuleList)]
         keep_gates(structure.modules)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

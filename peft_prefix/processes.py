@@ -6,7 +6,7 @@ file contains is needed at other times, too, and all processes have to take part
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -44,15 +44,16 @@ def require_whole(module: nn.Module) -> None:
         )
 
 
-def require_no_wrapped_layers(base: nn.Module) -> None:
+def require_no_wrapped_layers(stacks: Iterable[nn.ModuleList]) -> None:
     """Check that no layer runs again in the backward pass in a way that cannot be followed.
+
+    Args:
+        stacks: Lists of layers.
 
     Raises:
         PrefixInputError: FSDP's own activation checkpointing would read no prefix then.
     """
-    if not (base.training and distributed.is_available() and distributed.is_initialized()):
-        return
-    if any("_checkpoint_wrapped_module" in module._modules for module in base.modules()):
+    if any("_checkpoint_wrapped_module" in layer._modules for layers in stacks for layer in layers):
         raise PrefixInputError(
             "FSDP's activation checkpointing runs layers again after the call, without the prefix. Set "
             "fsdp_activation_checkpointing: false, and call model.gradient_checkpointing_enable() or use "

@@ -172,8 +172,8 @@ class RunningModel(WrappedModel):
         self, arguments: Mapping[str, Any], padding_mask: bool = True, more: Sequence[Intervention] = ()
     ) -> Iterator[None]:
         """While this is open, the base runs with the active prefix and its modules."""
-        if not torch.compiler.is_compiling():
-            require_no_wrapped_layers(self.base)
+        if self.base.training and not torch.compiler.is_compiling():
+            require_no_wrapped_layers(self._injection.stacks)
         call = self._call(arguments if padding_mask else {})
         with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments, more):
             yield

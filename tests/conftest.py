@@ -20,6 +20,7 @@ _TITLES = {"conformance": "Every family", "ways": "Ways to train and generate"}
 """The tables, by the mark that fills them."""
 _NO_ENCODER = "has no encoder"
 _NOT_TESTED = {
+    "chat": "chat templates are for causal models",
     "cross": _NO_ENCODER,
     "encoder": _NO_ENCODER,
     "encoder_outputs": _NO_ENCODER,

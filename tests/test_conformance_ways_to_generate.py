@@ -469,7 +469,7 @@ def test_guidance_compares_two_texts_behind_the_prefix(family: str) -> None:
     """The unconditional text, too, is read with the prefix: guidance is about the prompt."""
     base = KINDS[family].build()
     if base.config.is_encoder_decoder:
-        pytest.skip("the base itself guides decoders alone")
+        pytest.skip("the base itself takes the decoder's tokens for its source")
     model, inputs, scale = random_model(base), inputs_of(base), 1.7
     negative = tokens(2, 4, seed=9)
     for other in (None, negative):
