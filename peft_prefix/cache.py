@@ -114,7 +114,7 @@ class PrefixedLayer(CacheLayerMixin):
         """
         growing = self._growing_layer()
         new = (key_states, value_states)
-        if self.prefix is not None and growing is not None and may_grow_in_place(self.prefix, new):
+        if self.prefix is not None and growing is not None and may_grow_in_place(growing, self.prefix, new):
             keys, values = grown(growing, self.prefix, new)
             self._note_reading()
         elif self.prefix is not None and growing is not None and growing.keys is not None:

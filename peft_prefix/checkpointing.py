@@ -76,6 +76,8 @@ class Checkpoints:
 
     def _checkpoint_with_prefix(self, original: Callable[..., Any], call: object) -> Callable[..., Any]:
         def checkpoint(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if current_call() is not call:  # another thread, or the base without its prefix
+                return original(run, *args, **kwargs)
             inside = set(_layer_of(run).modules())
             slots = [slot for module, slot in self.slots.items() if module in inside]
             mine = [one for one in self.interventions if one.module in inside]

@@ -31,7 +31,8 @@ class PromptTargetCollator:
         prompt_field: Name of the prompt in a row: a text, a list of messages (for the tokenizer's chat template, which
             opens the assistant's turn), or a list of token ids, which are taken as they are.
         target_field: Name of the target: a text or a list of token ids.
-        max_length: Most tokens of a row (in an encoder-decoder model: of a source, and of a target). A longer row loses
+        max_length: Most tokens of a row that is encoded here (in an encoder-decoder model: of a source, and of a
+            target); rows that come with `input_ids` are taken as they are. A longer row loses
             tokens of its prompt. Where the target alone is too long, its end is lost; the first such row draws a
             warning.
         truncation_side: Which end of the prompt is lost; by default the beginning.

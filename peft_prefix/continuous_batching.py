@@ -81,7 +81,7 @@ class RequestModel(ContinuousMixin):
             ]
         self.owner = call.owner
         self._owner_now = owner_now
-        self._weights = weights
+        self._weights = copy.deepcopy(weights).requires_grad_(False)
         self._length = call.length
         self._limit = decoder.position_limit
         self._is_plain = call.sliding == "plain" and decoder.has_windows
@@ -120,7 +120,7 @@ class RequestModel(ContinuousMixin):
             if self.base.config._attn_implementation != before:
                 self.base.set_attn_implementation(before)
             raise
-        manager.add_request = self._checked(manager.add_request)  # type: ignore[method-assign]
+        manager.add_request = self._checked(manager)  # type: ignore[method-assign]
         return manager
 
     def __call__(self, **arguments: Any) -> Any:
@@ -194,8 +194,9 @@ class RequestModel(ContinuousMixin):
                 f"read transformers' pages ({error}). Use generate."
             ) from error
 
-    def _checked(self, add_request: Callable[..., Any]) -> Callable[..., Any]:
+    def _checked(self, manager: ContinuousBatchingManager) -> Callable[..., Any]:
         """`add_request` of a manager, for requests that can be served to the end with this prefix."""
+        add_request: Callable[..., Any] = manager.add_request
         signature = inspect.signature(add_request)
 
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -217,7 +218,7 @@ class RequestModel(ContinuousMixin):
                         f"model's {self._limit} positions. Shorten the request or use fewer virtual tokens."
                     )
                 if wanted is None:
-                    wanted = self.base.generation_config.max_new_tokens
+                    wanted = manager.generation_config.max_new_tokens
                 if wanted is not None and wanted > room:
                     warnings.warn(
                         f"A request ends after {room} new tokens: the base model has {self._limit} positions, and the "

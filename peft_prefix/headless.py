@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .errors import PrefixInputError
+
 
 class Headless:
     """A part of the base whose forward pass reads the active prefix; everything else is the part's own.
@@ -20,8 +22,7 @@ class Headless:
     """
 
     def __init__(self, part: PreTrainedModel, run: Callable[..., Any]) -> None:
-        self._part = part
-        self._run = run
+        vars(self).update(_part=part, _run=run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The part's output with the active prefix."""
@@ -29,5 +30,14 @@ class Headless:
 
     forward = __call__
 
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as that of the whole model."""
+        raise PrefixInputError("A decoder on its own would run without the prefix. Call model.base_model itself.")
+
     def __getattr__(self, name: str) -> Any:
+        if name in ("_part", "_run"):  # a copy is being made
+            raise AttributeError(name)
         return getattr(self._part, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._part, name, value)

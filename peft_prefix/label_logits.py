@@ -8,19 +8,21 @@ few tokens.
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from .errors import PrefixInputError
 from .example_inputs import ordinary_ids, source_inputs
+from .logits_on_demand import LogitsOnDemand
 from .passes import Entered, Intervention, intervening, outside_of_calls
-from .structure import evaluation_mode
+from .placement import home
 
 IGNORED = -100
 """Label of positions that the loss leaves out."""
@@ -40,13 +42,15 @@ class LabelLogits:
     def __init__(self, base: PreTrainedModel) -> None:
         self.base = base
         self.shift = 0 if base.config.is_encoder_decoder else 1
-        self._allowed: bool | None = None
+        self._tried_with: tuple[Any, ...] | None = None
+        self._allowed = False
 
     @property
     def allowed(self) -> bool:
-        """Whether the base gives the same loss, found by trying it once."""
-        if self._allowed is None:
-            self._allowed = self._tried()
+        """Whether the base gives the same loss, found by trying it, and again when head or loss are exchanged."""
+        now = (self.base.get_output_embeddings(), getattr(self.base, "loss_function", None), self.base.forward)
+        if now != self._tried_with:
+            self._allowed, self._tried_with = self._tried(), now
         return self._allowed
 
     def applies_to(self, arguments: Mapping[str, Any]) -> bool:
@@ -72,32 +76,42 @@ class LabelLogits:
         """Whether loss and logits come out the same on a few tokens, padded and partly labelled."""
         if not isinstance(self.base.get_output_embeddings(), nn.Module):
             return False
-        ids = ordinary_ids(self.base, 12).view(2, 6)
-        mask, labels = torch.ones_like(ids), ids.clone()
-        mask[0, -2:], labels[0, -2:], labels[1, :3] = 0, IGNORED, IGNORED
+        ids = ordinary_ids(self.base, 18).view(3, 6)
+        mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED)
+        mask[0, -2:] = 0
+        for row, start, end in ((0, 3, 4), (1, 2, 6), (2, 4, 6)):  # a mean over rows is another one than over tokens
+            labels[row, start:end] = ids[row, start:end]
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.base.config.is_encoder_decoder:
             inputs = source_inputs(self.base, ids)
-        with evaluation_mode(self.base), torch.no_grad(), outside_of_calls():
+        with _training_mode(self.base), torch.no_grad(), outside_of_calls():
             try:
                 return all(
                     self._same({**inputs, "labels": labels, **more})
-                    for more in ({}, {"num_items_in_batch": torch.tensor(5, device=ids.device)})
+                    for more in ({}, {"num_items_in_batch": torch.tensor(7, device=ids.device)})
                 )
             except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
                 return False  # what the base cannot do on a few tokens it does in its usual way on many
 
     def _same(self, arguments: dict[str, Any]) -> bool:
-        with warnings.catch_warnings(record=True) as usual:
-            warnings.simplefilter("always")
-            expected, one = self.base(**arguments), self.pass_with(arguments)
-        with warnings.catch_warnings(record=True) as caught, intervening([one.intervention]):
-            warnings.simplefilter("always")
-            output = one.finished(self.base(**one.arguments))
-        if len(caught) > len(usual):
+        one = self.pass_with(arguments)
+        expected, usual = self._run(arguments)
+        with intervening([one.intervention]):
+            output, caught = self._run(one.arguments)
+        if caught > usual:
             return False  # it has its own opinion of such arguments
-        close = torch.isclose(output.loss.float(), expected.loss.float(), rtol=1e-3)
-        return bool(close) and torch.allclose(output.logits[:], expected.logits, rtol=1e-3, atol=1e-3)
+        output = one.finished(output)
+        rounding = max(1e-5, 2 * torch.finfo(self.base.dtype).eps)
+        close = torch.isclose(output.loss.float(), expected.loss.float(), rtol=rounding)
+        return bool(close) and torch.allclose(output.logits[:], expected.logits, rtol=rounding, atol=1e-3)
+
+    def _run(self, arguments: dict[str, Any]) -> tuple[Any, int]:
+        """Output and number of warnings, with the same dropout each time."""
+        device = home(self.base)
+        with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng([device] * (device.type == "cuda")):
+            warnings.simplefilter("always")
+            torch.manual_seed(0)
+            return self.base(**arguments), len(caught)
 
 
 class LabelledPass:
@@ -126,7 +140,7 @@ class LabelledPass:
     def finished(self, output: Any) -> Any:
         """The base's output; its `logits` are computed when somebody looks at them."""
         assert self.states is not None
-        output["logits"] = LogitsOnDemand(self.head, self.states)
+        output["logits"] = LogitsOnDemand(self.head, self.states, self.index, output["logits"])
         return output
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
@@ -137,52 +151,21 @@ class LabelledPass:
                 "Set model.label_only_logits = False."
             )
         self.states = states
-        return {"input": states.flatten(0, 1)[self.index][None]}, None
+        (name, *_) = [*kwargs, *inspect.signature(self.head.forward).parameters]
+        return {name: states.flatten(0, 1)[self.index][None]}, None
 
 
-class LogitsOnDemand:
-    """Stands for logits `(batch, length, vocabulary)` and is computed when it is used like a tensor.
-
-    Args:
-        head: The vocabulary projection.
-        states: What it would have got, `(batch, length, hidden)`.
-    """
-
-    def __init__(self, head: nn.Module, states: torch.Tensor) -> None:
-        self._head = head
-        self._states = states
-        kind = states.device.type
-        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self._logits: torch.Tensor | None = None
-
-    def tensor(self) -> torch.Tensor:
-        """The logits, with gradients as the base's would have."""
-        if self._logits is None:
-            kind = self._states.device.type
-            with outside_of_calls(), torch.autocast(kind, self._autocast, enabled=self._autocast is not None):
-                self._logits = cast("torch.Tensor", self._head(self._states))
-        return self._logits
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Functions of torch get the tensor."""
-        args, kwargs = tree_map_only(cls, cls.tensor, (tuple(args), kwargs or {}))
-        return func(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything that a tensor has."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.tensor()[index]
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def __repr__(self) -> str:
-        return f"LogitsOnDemand({tuple(self._states.shape[:2])})"
+@contextmanager
+def _training_mode(base: nn.Module) -> Iterator[None]:
+    """Let a base run as in training, except for layers that keep statistics."""
+    modes = [(module, module.training) for module in base.modules()]
+    for module, _ in modes:
+        module.training = getattr(module, "running_mean", None) is None
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _with_decoder_inputs(base: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

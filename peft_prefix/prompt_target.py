@@ -27,11 +27,8 @@ class PromptTargetEncoder:
     truncation_side: Literal["left", "right"] = "left"
     append_end: bool = True
     _warned: list[bool] = field(default_factory=list, repr=False, compare=False)
-    _around: tuple[list[int], list[int]] = field(init=False, repr=False, compare=False)
-    """What the tokenizer puts before and behind a text."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_around", self._special_tokens())
         if self.truncation_side not in ("left", "right"):
             raise PrefixConfigError(f'truncation_side is "left" or "right", not {self.truncation_side!r}.')
         if self.max_length is not None and self.max_length < 2:
@@ -51,8 +48,8 @@ class PromptTargetEncoder:
         for name in (self.prompt_field, self.target_field):
             if name not in row:
                 raise PrefixInputError(missing_fields(row, self.prompt_field, self.target_field))
-        front, prompt, back = self._prompt(row[self.prompt_field])
-        target = self._target(row[self.target_field])
+        front, prompt, back = self._prompt(_plain_list(row[self.prompt_field]))
+        target = self._target(_plain_list(row[self.target_field]))
         if self.is_encoder_decoder:
             target = self._shortened(target, self.max_length)
             room = None if self.max_length is None else self.max_length - len(front) - len(back)
@@ -68,14 +65,14 @@ class PromptTargetEncoder:
         """A prompt's own ids, and the special tokens that the tokenizer puts before and behind it."""
         if isinstance(prompt, str):
             ids = self._plain(prompt)
-            front, back = self._around
+            front, back = self._special_tokens()
             if ids[: len(front)] == front:  # the text has them itself
                 front = []
             if not self.is_encoder_decoder or ids[len(ids) - len(back) :] == back:  # a causal model's text goes on
                 back = []
             return front, ids, back
         if _are_ids(prompt):
-            return [], list(prompt), []
+            return self._with_start(list(prompt))
         if _are_messages(prompt):
             if not self.tokenizer.chat_template:
                 raise PrefixInputError(
@@ -83,11 +80,17 @@ class PromptTargetEncoder:
                     "tokenizer.chat_template, or give the prompt as a text."
                 )
             encoded: Any = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-            return [], list(encoded["input_ids"]), []
+            return self._with_start(list(encoded["input_ids"]))
         raise PrefixInputError(
             f"The field {self.prompt_field!r} must hold a text, a list of messages with role and content, or a list "
             f"of token ids, not {prompt!r:.100}."
         )
+
+    def _with_start(self, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Ids whose start token stays where the rest of them is cut."""
+        if ids[:1] == [self.tokenizer.bos_token_id]:
+            return ids[:1], ids[1:], []
+        return [], ids, []
 
     def _target(self, target: Any) -> list[int]:
         if isinstance(target, str):
@@ -108,6 +111,7 @@ class PromptTargetEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind a text; it changes, for example, with the source language."""
         whole, plain = list(self.tokenizer("a")["input_ids"]), self._plain("a")
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
@@ -144,6 +148,11 @@ def missing_fields(row: Mapping[str, Any], prompt_field: str, target_field: str)
         "model's forward does not know: encode the data first (dataset.map(collator.encode)), or set "
         "TrainingArguments(remove_unused_columns=False)."
     )
+
+
+def _plain_list(value: Any) -> Any:
+    """Token ids in an array or a tensor as a list."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _are_ids(value: Any) -> TypeGuard[Sequence[int]]:

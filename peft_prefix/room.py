@@ -8,14 +8,17 @@ of it that goes on by itself gets room of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicLayer
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """One layer's keys and values, each `(batch, H, entries, D)`."""
 
-_PLACE = "_prefix_room"
-"""Attribute of the tensors that a cache shows: the room that they are a part of, and how far it was filled then."""
+_places: Any = WeakTensorKeyDictionary()
+"""For the tensors that a cache shows: the room that they are a part of, and how far it was filled then."""
 
 
 class Room:
@@ -29,6 +32,7 @@ class Room:
 
     def __init__(self, prefix: KeyValue, states: list[KeyValue], slack: int) -> None:
         self.prefix = prefix
+        self.version = _version(prefix)
         self.filled = self.p = prefix[0].shape[-2]
         length = self.p + sum(keys.shape[-2] for keys, _ in states) + slack
         self.tensors = tuple(like.new_empty(*like.shape[:2], length, like.shape[3]) for like in states[0])
@@ -40,10 +44,10 @@ class Room:
     def fits(self, prefix: KeyValue, new: KeyValue) -> bool:
         """Whether there is room for new tokens, and they may be written."""
         room = self.tensors[0]
+        same = all(one.data_ptr() == own.data_ptr() for one, own in zip(prefix, self.prefix, strict=True))
         return (
-            prefix is self.prefix
+            (prefix is self.prefix or (same and _version(prefix) == self.version is not None))
             and self.filled + new[0].shape[-2] <= room.shape[-2]
-            and new[0].dtype == room.dtype
             and (torch.is_inference_mode_enabled() or not room.is_inference())
         )
 
@@ -63,7 +67,7 @@ class Room:
         """What the user's cache shows."""
         keys, values = (tensor[:, :, self.p : self.filled] for tensor in self.tensors)
         for shown in (keys, values):
-            setattr(shown, _PLACE, (self, self.filled))  # on the tensors, so that the room goes when they go
+            _places[shown] = (self, self.filled)  # by the tensors, so that the room goes when they go
         return keys, values
 
 
@@ -86,16 +90,32 @@ def grown(layer: DynamicLayer, prefix: KeyValue, new: KeyValue) -> KeyValue:
     return room.everything()
 
 
-def may_grow_in_place(prefix: KeyValue, new: KeyValue) -> bool:
-    """Whether nothing will ask for gradients of these keys and values, and nothing traces the code."""
-    needs_gradients = torch.is_grad_enabled() and any(states.requires_grad for states in (*prefix, *new))
-    return not needs_gradients and not torch.compiler.is_compiling()
+def may_grow_in_place(layer: DynamicLayer, prefix: KeyValue, new: KeyValue) -> bool:
+    """Whether new tokens are of the layer's kind, nothing will ask for gradients, and nothing traces the code."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (*prefix, *new)):
+        return False
+    assert layer.keys is not None
+    assert layer.values is not None
+    pairs = zip((layer.keys, layer.values), new, strict=True)
+    # Others are joined, or refused, as the base does it.
+    return all(_kind(one) == _kind(other) for one, other in pairs)
 
 
 def _room_behind(keys: torch.Tensor, values: torch.Tensor) -> Room | None:
     """The room that a cache shows up to its end; what another cache has written behind that must stay."""
-    place: tuple[Room, int] | None = getattr(keys, _PLACE, None)
-    if place is None or place != getattr(values, _PLACE, None):
+    place: tuple[Room, int] | None = _places.get(keys)
+    if place is None or place != _places.get(values):
         return None
     room, filled = place
     return room if room.filled == filled else None
+
+
+def _kind(states: torch.Tensor) -> tuple[Any, ...]:
+    return states.dtype, states.device, states.shape[:2], states.shape[3]
+
+
+def _version(prefix: KeyValue) -> tuple[int, ...] | None:
+    """Which numbers a prefix holds, if that can be told; a network makes new tensors each time."""
+    return None if any(one.is_inference() for one in prefix) else tuple(one._version for one in prefix)

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import ENCODER_DECODERS, FAMILIES
@@ -307,3 +308,19 @@ def test_the_seq2seq_trainer_trains_and_generates(family: str, smoothing: float,
     width = min(ids.shape[1], texts.shape[1])
     assert torch.equal(torch.tensor(texts)[:, :width], ids[:, :width])
     assert family in ENCODER_DECODERS
+
+
+def test_a_tokenizer_that_changes_its_special_tokens_is_followed() -> None:
+    tokenizer = tiny_tokenizer(adds="bos")
+    collator = collator_of("bart", tokenizer)
+    assert collator.encode(ROWS[0])["input_ids"][0] == START
+    tokenizer._tokenizer.post_processor = tiny_tokenizer(adds="eos")._tokenizer.post_processor
+    assert collator.encode(ROWS[0])["input_ids"] == tokenizer(ROWS[0]["prompt"])["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_ids_that_are_cut_keep_their_start_token(kind: Any) -> None:
+    row = {"prompt": kind([START, 5, 6, 7, 8]), "target": kind([9, 10])}
+    encoded = collator_of(max_length=6).encode(row)
+    assert encoded["input_ids"] == [START, 7, 8, 9, 10, END]
+    assert encoded["labels"] == [-100, -100, -100, 9, 10, END]

@@ -135,3 +135,31 @@ def test_two_threads_may_train_prefixes_of_one_base() -> None:
             assert torch.equal(other_loss, loss)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(other_gradients[name], gradient)
+
+
+def test_the_plain_base_runs_in_another_thread_in_the_middle_of_a_checkpointed_pass() -> None:
+    base = FAMILIES["llama"].build()
+    model, ids = random_model(base), tokens(2, 12)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    found: list[torch.Tensor] = []
+
+    def beside() -> None:
+        found.append(base(input_ids=ids).logits.detach())
+
+    def in_the_middle(module: torch.nn.Module, args: Any) -> None:
+        if not found:
+            found.append(torch.empty(0))
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+            with model.disable_prefix():
+                found.append(base(input_ids=ids).logits.detach())
+
+    handle = base.model.layers[1].register_forward_pre_hook(in_the_middle)
+    model(input_ids=ids)
+    handle.remove()
+    torch.testing.assert_close(found[1], expected)
+    torch.testing.assert_close(found[2], expected)

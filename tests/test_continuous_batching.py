@@ -201,3 +201,23 @@ def test_a_model_that_has_served_requests_can_be_copied() -> None:
     with torch.no_grad():
         next(model.prefixes["default"].parameters()).add_(1.0)
     assert generated(other, requests()) == expected != generated(model, requests())
+
+
+def test_a_manager_generates_as_many_tokens_as_it_was_told() -> None:
+    model = random_model(FAMILIES["llama"].build("sdpa"))
+    options = settings()
+    options["generation_config"].max_new_tokens = 3
+    with model.continuous_batching_context_manager(**options) as manager:
+        manager.add_request(tokens(1, 6)[0].tolist())
+        result = manager.get_result(timeout=60)
+    assert len(result.generated_tokens) == 3
+
+
+def test_running_requests_keep_their_modules() -> None:
+    model = random_model(FAMILIES["llama"].build("sdpa"), modules_to_save=["lm_head"])
+    own = dict(model.prefixes.weights().named_parameters())
+    served = dict(model._requests()._weights.named_parameters())
+    with torch.no_grad():
+        own["lm_head.weight"].zero_()
+    assert served["lm_head.weight"].abs().sum() > 0
+    assert not served["lm_head.weight"].requires_grad

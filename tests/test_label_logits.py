@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import ENCODER_DECODERS, FAMILIES
+from family import LLAMA
 from helpers import random_model, source_of, tokens
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from peft_prefix import PrefixInputError, PrefixModel
 
@@ -147,3 +150,117 @@ def test_where_it_is_impossible_it_cannot_be_switched_on() -> None:
     assert isinstance(model(**batch("gemma2", model.base)).logits, torch.Tensor)
     with pytest.raises(PrefixInputError, match="does something of its own"):
         model.label_only_logits = True
+
+
+def both(model: PrefixModel, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """The output with logits only where there are labels, and with all of them."""
+    model._label_only_logits = True
+    output = model(**arguments)
+    model._label_only_logits = False
+    expected = model(**arguments)
+    model._label_only_logits = True
+    return output, expected
+
+
+def test_logits_first_seen_without_gradients_have_gradients_later() -> None:
+    model = random_model(FAMILIES["llama"].build()).train()
+    output, expected = both(model, batch("llama", model.base))
+    with torch.no_grad():
+        assert output.logits.argmax(-1).shape == (2, 12)
+    parameter = next(model.prefixes.parameters())
+    for one, other in zip(
+        torch.autograd.grad(torch.log_softmax(output.logits / 2.0, -1).square().mean(), [parameter]),
+        torch.autograd.grad(torch.log_softmax(expected.logits / 2.0, -1).square().mean(), [parameter]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_logits_on_demand_compute_like_a_tensor() -> None:
+    model = random_model(FAMILIES["llama"].build()).train()
+    output, expected = both(model, batch("llama", model.base))
+    one, other = output.logits, expected.logits
+    for actual, wanted in [
+        (-one, -other),
+        (one / 2, other / 2),
+        (2 - one, 2 - other),
+        (one**2, other**2),
+        (one > 0, other > 0),
+        (one == one, other == other),
+        (one @ one.transpose(1, 2), other @ other.transpose(1, 2)),
+        (torch.stack([one, one]), torch.stack([other, other])),
+        (one.to(torch.bfloat16), other.to(torch.bfloat16)),
+        (one.float().double(), other.double()),
+        (pickle.loads(pickle.dumps(one)), other),
+    ]:
+        torch.testing.assert_close(actual, wanted)
+    assert (one.ndim, one.dim(), one.size(-1), one.dtype, one.device) == (3, 3, 200, other.dtype, other.device)
+    one[0, 0] = 0.0
+    assert torch.equal(one[0, 0], torch.zeros(200))
+    assert len({one, one}) == 1
+
+
+def mean_of_rows(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    each = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+    return (each.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+
+def mean_with_places(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    each = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+    return (each * torch.arange(each.shape[1])).mean()
+
+
+@pytest.mark.parametrize("loss", [mean_of_rows, mean_with_places])
+@pytest.mark.parametrize("late", [False, True], ids=["from the start", "later"])
+def test_a_loss_of_the_users_own_gets_all_logits(loss: Any, late: bool) -> None:
+    model = random_model(FAMILIES["llama"].build()).train()
+    arguments = batch("llama", model.base)
+    if late:
+        model(**arguments)
+        assert model.label_only_logits
+    model.base.loss_function = loss
+    assert not model.label_only_logits
+    output, expected = both(model, arguments)
+    assert torch.equal(output.loss, expected.loss)
+
+
+def test_what_a_base_adds_only_in_training_is_seen() -> None:
+    class WithPenalty(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            if self.training and output.loss is not None:
+                output.loss = output.loss + 1e-1 * output.logits.logsumexp(-1).square().mean()
+            return output
+
+    model = random_model(WithPenalty(LlamaConfig(**LLAMA))).train()
+    assert not model.label_only_logits
+
+
+def test_a_bias_that_comes_later_is_an_error_when_logits_are_used() -> None:
+    model = random_model(FAMILIES["bart"].build()).train()
+    arguments = batch("bart", model.base)
+    assert model.label_only_logits
+    model.base.final_logits_bias.normal_()
+    output, expected = both(model, arguments)
+    torch.testing.assert_close(output.loss, expected.loss)
+    with pytest.raises(PrefixInputError, match="changes its head's output"):
+        output.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_the_trainer_computes_no_other_logits(precision: dict[str, bool], tmp_path: Path) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    arguments = batch("llama", model.base)
+    rows = [{name: value[row] for name, value in arguments.items()} for row in range(2)]
+    assert model.label_only_logits
+    seen = rows_of_the_head(model)
+    settings = dict(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none")
+    settings |= dict(use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=1e-2, **precision)
+    Trainer(model=model, args=TrainingArguments(**settings), train_dataset=rows).train()
+    needed = int((arguments["labels"][:, 1:] != -100).sum()) + 1
+    assert seen[-2:] == [needed, needed]
+    assert max(seen) == needed  # before, the Trainer has tried whether the loss counts items

@@ -50,6 +50,11 @@ def test_the_base_model_of_transformers_is_the_base_without_its_head_and_with_th
     with pytest.raises(PrefixInputError, match="does not understand labels"):
         model.base_model(**arguments, labels=tokens(2, 6))
     assert model.base_model.get_input_embeddings() is model.base.get_input_embeddings()
+    model.base_model.note = "for the base"
+    assert model.base.base_model.note == "for the base"
+    assert type(copy.deepcopy(model.base_model)) is type(model.base_model)
+    with pytest.raises(PrefixInputError, match="without the prefix"):
+        model.base_model.get_decoder()
 
 
 def test_a_head_that_the_base_model_leaves_out_is_missed() -> None:

@@ -11,7 +11,7 @@ from families import FAMILIES
 from helpers import assert_close, random_model, tokens
 from transformers import DynamicCache
 
-from peft_prefix import PrefixModel
+from peft_prefix import PrefixInputError, PrefixModel
 
 TEXT = tokens(2, 12)
 
@@ -99,3 +99,37 @@ def test_gradients_flow_through_a_cache(model: PrefixModel) -> None:
     expected(model, TEXT).square().mean().backward()
     for name, parameter in model.prefixes.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loop_of_ones_own_writes_in_place(model: PrefixModel) -> None:
+    cache, pointers = DynamicCache(config=model.config), set()
+    with torch.no_grad():
+        for step in range(12):
+            read(model, cache, TEXT[:, [step]])
+            pointers.add(cache.layers[0].keys.data_ptr() if step > 1 else 0)
+        assert len(pointers) == 2
+        actual = read(model, cache, tokens(2, 1, seed=9))
+        assert_close(actual, expected(model, torch.cat([TEXT, tokens(2, 1, seed=9)], dim=1))[:, -1:])
+
+
+def test_a_cache_goes_on_after_the_prefix_has_learned_nothing_else(model: PrefixModel) -> None:
+    """Numbers that are put back are other numbers as far as anybody can tell."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        read(model, cache, TEXT[:, :2])
+        read(model, cache, TEXT[:, 2:4])
+        next(model.prefixes.parameters()).add_(1.0)
+        with pytest.raises(PrefixInputError, match="cannot be continued"):
+            read(model, cache, TEXT[:, 4:])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_cache_filled_under_autocast_goes_on_outside(family: str) -> None:
+    model = random_model(FAMILIES[family].build("sdpa"))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            read(model, cache, TEXT[:, :6])
+            read(model, cache, TEXT[:, 6:8])
+        actual = read(model, cache, TEXT[:, 8:])
+        torch.testing.assert_close(actual, expected(model, TEXT)[:, 8:], rtol=0, atol=5e-2)
