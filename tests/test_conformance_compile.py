@@ -282,3 +282,17 @@ def test_packed_texts_stay_apart_when_compiled() -> None:
             torch.testing.assert_close(compiled(**packed).logits, expected, rtol=0, atol=1e-5)
     with pytest.raises(PrefixInputError, match="recurrent"):
         torch.compile(random_model(KINDS["qwen3_next"].build()), backend="eager")(**packed)
+
+
+def test_each_prefix_is_compiled_once() -> None:
+    model = random_model(KINDS["llama"].build("sdpa"))
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=7, init="normal", init_seed=5))
+    compiled, ids, graphs = torch.compile(model, backend="eager"), tokens(2, 8), []
+    with torch.no_grad():
+        for name in ("default", "other", "default", "other"):
+            model.set_prefix(name)
+            for parameter in model.prefixes.parameters():
+                parameter.add_(0.1)
+            torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 2]
