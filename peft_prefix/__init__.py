@@ -1,5 +1,6 @@
 """Prefix-tuning (Li & Liang 2021) for any causal or encoder-decoder model of transformers."""
 
+from .bank_trainer import PrefixBankTrainer
 from .collator import PromptTargetCollator
 from .config import PrefixConfig
 from .errors import (
@@ -14,6 +15,7 @@ from .errors import (
 )
 from .geometry import Geometry, LayerGeometry
 from .model import PrefixModel, get_prefix_model
+from .prefix_names import PrefixNamesCollator
 from .resume import last_checkpoint
 from .version import __version__
 
@@ -21,12 +23,14 @@ __all__ = [
     "Geometry",
     "IncompatibleBaseError",
     "LayerGeometry",
+    "PrefixBankTrainer",
     "PrefixConfig",
     "PrefixConfigError",
     "PrefixError",
     "PrefixFileError",
     "PrefixInputError",
     "PrefixModel",
+    "PrefixNamesCollator",
     "PrefixNotConsumedError",
     "PrefixWarning",
     "PromptTargetCollator",

@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedModel
 
+from .prefix_names import COLUMN
+
 Wrapper = TypeVar("Wrapper", bound=PreTrainedModel)
 
 _ABOUT_SUBMODULES = (
@@ -51,7 +53,7 @@ def specialized(wrapper: type[Wrapper], base_class: type[PreTrainedModel]) -> ty
         return wrapper.forward(self, *args, **kwargs)
 
     forward.__doc__ = wrapper.forward.__doc__
-    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = _with_names(inspect.signature(base_class.forward))  # type: ignore[attr-defined]
     settings = {
         name: getattr(base_class, name)
         for name, default in vars(PreTrainedModel).items()
@@ -70,6 +72,14 @@ def specialized(wrapper: type[Wrapper], base_class: type[PreTrainedModel]) -> ty
         if hasattr(base_class, name):
             namespace[name] = _delegated(name)
     return cast("type[Wrapper]", type(base_class.__name__, (wrapper,), namespace))
+
+
+def _with_names(signature: inspect.Signature) -> inspect.Signature:
+    """A forward's signature with the argument that names prefixes, so that the `Trainer` keeps a column of its name."""
+    parameters = list(signature.parameters.values())
+    has_more = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    own = inspect.Parameter(COLUMN, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*parameters[: len(parameters) - has_more], own, *parameters[-1:][:has_more]])
 
 
 def _delegated(name: str) -> Callable[..., Any]:

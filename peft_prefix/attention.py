@@ -56,22 +56,25 @@ class AttentionModule:
 
 
 def supply(
-    attention: AttentionModule, cache: Callable[[torch.Tensor], Cache] | None, mask: Callable[[Any], Any] | None
+    attention: AttentionModule,
+    cache: Callable[[torch.Tensor], Cache] | None,
+    mask: Callable[[Any, torch.Tensor], Any] | None,
 ) -> Intervention:
     """Give an attention module a mask of ours, and a cache where its model gives it none.
 
     Args:
         attention: The module.
         cache: Makes the cache for one pass, from its hidden states `(batch, tokens, hidden)`; `None` to leave it.
-        mask: Changes the pass's mask, which may be `None`; left out, it stays.
+        mask: Changes the pass's mask, which may be `None`, given the hidden states, too; left out, it stays.
     """
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
         arguments = attention.named(args, kwargs)
+        hidden_states = arguments[attention.names[0]]
         if cache is not None:
-            arguments[attention.cache] = cache(arguments[attention.names[0]])
+            arguments[attention.cache] = cache(hidden_states)
         if mask is not None:
-            arguments[attention.mask] = mask(arguments.get(attention.mask))
+            arguments[attention.mask] = mask(arguments.get(attention.mask), hidden_states)
         return arguments, None
 
     return Intervention(attention.module, enter)

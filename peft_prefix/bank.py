@@ -4,65 +4,63 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .call import SiteStates
 from .config import PrefixConfig
-from .errors import PrefixConfigError
+from .errors import PrefixConfigError, some_of
 from .geometry import Geometry
 from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
 from .modules_to_save import MODULES, ModuleWeights
-from .parameterization import DirectPrefix, MLPPrefix, Parameterization, PrefixTensors, build_parameterization
+from .ownership import Owner
+from .parameterization import DirectPrefix, Parameterization, PrefixTensors, StoredPrefix, build_parameterization
 from .processes import require_all_used, require_whole, whole
 
-SiteNames = dict[str, list[tuple[str, str] | None]]
-"""Names of the tensors of keys and values by site and layer; `None` for layers that keep none."""
 
-
-class CallStates:
-    """A prefix's keys and values for one call of the base.
-
-    They are computed once, so that all passes of a call, and all sites, see the same prefix.
+@dataclass(eq=False)
+class BankEntry:
+    """One prefix of a bank.
 
     Args:
-        parameterization: The prefix.
-        names: Which of its tensors belong where.
-        dropout: Probability with which each number is set to zero.
+        name: Its name.
+        config: Its configuration.
+        module: Its numbers.
+        serial: A number that no other prefix of the bank has had.
+        fillings: How often it was filled anew.
+        saved_as: What it was when it was last saved, or made.
     """
 
-    def __init__(self, parameterization: Parameterization, names: SiteNames, dropout: float) -> None:
-        self.parameterization = parameterization
-        self.names = names
-        self.dropout = dropout
-        self._tensors: PrefixTensors | None = None
-        self._known: list[tuple[int, SiteStates]] = []
+    name: str
+    config: PrefixConfig
+    module: Parameterization
+    serial: int
+    fillings: int = 0
+    saved_as: Owner | None = None
+    _owner: Owner | None = None
 
-    def __call__(self, rows: int) -> SiteStates:
-        """Keys `(1 or rows, H, p, Dk)` and values `(1 or rows, H, p, Dv)` by site and layer, for a number of rows.
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has parameters that are trained."""
+        return any(parameter.requires_grad for parameter in self.module.parameters())
 
-        Dropout differs between rows; without it one row serves all.
-        """
-        rows = rows if self.dropout else 1
-        for known, states in self._known:
-            if known == rows:
-                return states
-        if self._tensors is None:
-            self._tensors = self.parameterization()
-        tensors = {name: self._for(rows, tensor) for name, tensor in self._tensors.items()}
-        states = {
-            site: [None if names is None else (tensors[names[0]], tensors[names[1]]) for names in layers]
-            for site, layers in self.names.items()
-        }
-        self._known.append((rows, states))
-        return states
+    @property
+    def weights(self) -> ModuleWeights:
+        """Its weights for modules of the base."""
+        weights = self.module.get_submodule(MODULES)
+        assert isinstance(weights, ModuleWeights)
+        return weights
 
-    def _for(self, rows: int, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.dropout:
-            return tensor[None]
-        return nn.functional.dropout(tensor[None].expand(rows, -1, -1, -1), self.dropout)
+    def owner(self, bank: PrefixBank) -> Owner:
+        """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
+        if self._owner is None or not torch.compiler.is_compiling():  # versions are not seen there
+            version = sum(0 if one.is_inference() else one._version for one in self.module.parameters())
+            label = f"{self.name!r} of model {id(bank):x}.{self.serial}.{self.fillings}.{version}"
+            if self._owner is None or self._owner.label != label:
+                self._owner = Owner(label)
+        return self._owner
 
 
 class PrefixBank(nn.ModuleDict):
@@ -72,16 +70,16 @@ class PrefixBank(nn.ModuleDict):
         geometry: Shapes of the base model.
 
     Attributes:
-        configs: The configuration of each prefix, by name.
+        entries: What is known of each prefix, by name.
         active: Name of the prefix in use, `None` while there is none.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.configs: dict[str, PrefixConfig] = {}
+        self.entries: dict[str, BankEntry] = {}
         self.active: str | None = None
-        self._names: dict[str, SiteNames] = {}
+        self._installed = 0
 
     def install(
         self,
@@ -92,8 +90,9 @@ class PrefixBank(nn.ModuleDict):
         device: torch.device,
         weights: ModuleWeights,
         is_trainable: bool = True,
+        stays_on: torch.device | None = None,
     ) -> None:
-        """Add a prefix that starts from the given keys and values; one that is not trained needs no network.
+        """Add a prefix that starts from the given keys and values.
 
         Args:
             name: A name that is not taken.
@@ -103,73 +102,89 @@ class PrefixBank(nn.ModuleDict):
             device: Where a network goes, and layers that are not in `devices`.
             weights: Its weights for modules of the base.
             is_trainable: Whether it is trained.
+            stays_on: Where the numbers of one that is not trained stay, wherever the model goes.
         """
         self.check_new(name)
         geometry = self.geometry.only(config.sites or self.geometry.sites)
-        module = build_parameterization(geometry, config) if is_trainable else DirectPrefix(geometry, config)
+        module: Parameterization = (
+            build_parameterization(geometry, config) if is_trainable else StoredPrefix(geometry, config, stays_on)
+        )
         module.start_from(tensors)
         module.to(device)
         if isinstance(module, DirectPrefix):
             module.spread(devices)
-        if is_trainable and isinstance(module, DirectPrefix):
             good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
             watch = LearningRateWatch(module.parameters(), good_rate)  # of the prefix alone
             weakref.finalize(module, watch.stop)
         module.add_module(MODULES, weights)
-        self[name] = module.train(self.training).requires_grad_(is_trainable)
-        self.configs[name] = config
-        self._names[name] = {
-            site: [
-                None if shape is None else (f"{site}.layers.{index}.key", f"{site}.layers.{index}.value")
-                for index, shape in enumerate(layers)
-            ]
-            for site, layers in geometry.sites.items()
-        }
+        if not is_trainable:
+            weights.requires_grad_(False)
+        self._installed += 1
+        self[name] = module.train(self.training)
+        entry = BankEntry(name, config, module, self._installed)
+        entry.saved_as = entry.owner(self)
+        self.entries[name] = entry  # at last: another thread may be reading
 
-    def in_use(self) -> tuple[str, PrefixConfig, DirectPrefix | MLPPrefix]:
-        """Name, configuration and parameterization of the active prefix.
+    def remove(self, name: str) -> None:
+        """Forget a prefix; calls that run with it go on.
+
+        Raises:
+            PrefixConfigError: There is none of that name, or it is the active one.
+        """
+        self.entry(name)
+        if name == self.active:
+            raise PrefixConfigError(
+                f"{name!r} is the active prefix. Choose another one first: set_prefix(name), or set_prefix(None)."
+            )
+        del self.entries[name], self[name]
+
+    def entry(self, name: str | None = None) -> BankEntry:
+        """A prefix by its name, the active one if left out.
 
         Raises:
             PrefixConfigError: There is none.
         """
-        if self.active is None:
-            raise PrefixConfigError("The model has no prefix yet: call add_prefix or load_prefix first.")
-        module = self[self.active]
-        assert isinstance(module, (DirectPrefix, MLPPrefix))
-        return self.active, self.configs[self.active], module
+        name = self.active if name is None else name
+        if name is None:
+            raise PrefixConfigError(
+                f"No prefix is active; there are {self._some()}. Call set_prefix, or name one for each row with "
+                "prefix_names=[...]."
+                if self.entries
+                else "The model has no prefix yet: call add_prefix or load_prefix first."
+            )
+        entry = self.entries.get(name)
+        if entry is None:
+            raise PrefixConfigError(f"There is no prefix {name!r}; there are {self._some()}.")
+        return entry
 
-    def weights(self) -> ModuleWeights:
-        """The active prefix's weights for modules of the base."""
-        weights = self.in_use()[2].get_submodule(MODULES)
-        assert isinstance(weights, ModuleWeights)
-        return weights
-
-    def saved(self, state: Mapping[str, torch.Tensor] | None = None) -> PrefixTensors:
-        """What a file of the active prefix contains, without gradients.
+    def saved(self, entry: BankEntry, state: Mapping[str, torch.Tensor] | None = None) -> PrefixTensors:
+        """What a prefix's file contains, without gradients.
 
         Args:
+            entry: The prefix.
             state: A gathered training state of this bank; without one, the parameters themselves are read, for which
                 all processes must ask where they are spread over several.
 
         Returns:
             Plain keys and values, and the weights of the modules that are saved with them, by name.
         """
-        name, _, module = self.in_use()
+        module = entry.module
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        tensors = whole(own) if state is None else {key: state[f"{name}.{key}"].detach().clone() for key in own}
+        tensors = whole(own) if state is None else {key: state[f"{entry.name}.{key}"].detach().clone() for key in own}
         modules = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}
-        plain: PrefixTensors = {key: tensor for key, tensor in tensors.items() if key not in modules}
-        if isinstance(module, MLPPrefix):
-            plain = module.folded(plain)
-        return {**plain, **modules}
+        return {**module.plain({key: tensor for key, tensor in tensors.items() if key not in modules}), **modules}
 
-    def states(self) -> CallStates:
-        """The active prefix for one call of the base."""
-        name, config, module = self.in_use()
-        if not torch.compiler.is_compiling():
-            require_whole(module)
-            require_all_used(dict(self.items()), name)
-        return CallStates(module, self._names[name], config.dropout if self.training else 0.0)
+    def require_usable(self, names: Collection[str]) -> None:
+        """Check that prefixes can be read and trained here, in this process.
+
+        Raises:
+            PrefixInputError: Their numbers are elsewhere, or others would be waited for.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for name in names:
+            require_whole(self[name])
+        require_all_used(self, names)
 
     def get_extra_state(self) -> torch.Tensor:
         """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""
@@ -185,18 +200,14 @@ class PrefixBank(nn.ModuleDict):
         Raises:
             PrefixConfigError: It is taken, or could not name a file or a parameter.
         """
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise PrefixConfigError(f"A prefix's name consists of letters, digits, '_' and '-', unlike {name!r}.")
-        if name in self.configs:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            raise PrefixConfigError(
+                f"A prefix's name consists of letters, digits, '_' and '-', at most 100, unlike {name!r}."
+            )
+        if name in self.entries:
             raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
         if hasattr(self, name):
             raise PrefixConfigError(f"{name!r} means something else in Python; choose another name.")
 
-    def check_known(self, name: object) -> None:
-        """Check that there is a prefix of this name.
-
-        Raises:
-            PrefixConfigError: There is none.
-        """
-        if name not in self.configs:
-            raise PrefixConfigError(f"There is no prefix {name!r}; there are {sorted(self.configs)}.")
+    def _some(self) -> str:
+        return some_of(sorted(map(repr, list(self.entries)))) or "none"

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import PrefixInputError
+from .prefix_names import names_of
 from .prompt_target import IGNORED, PromptTargetEncoder, missing_fields
 
 
@@ -77,32 +78,33 @@ class PromptTargetCollator:
         """
         return self._encoder
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One batch.
 
         Args:
             rows: Rows with a prompt and a target, or with `input_ids` and `labels` (and, if wanted, `attention_mask`).
+                Where several prefixes are trained, a column `prefix_names` holds the name of each row's.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each `(batch, tokens)`, and for an encoder-decoder model
-            `decoder_input_ids`.
+            `decoder_input_ids`. The rows' `prefix_names` as a list, if they have any.
 
         Raises:
-            PrefixInputError: A row has neither.
+            PrefixInputError: A row has neither, or only some rows name their prefix.
         """
         encoded = [row if "input_ids" in row else self._encoder(row) for row in rows]
         for row in encoded:
             self._check(row)
         masks = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in encoded]
         labels = self._padded([row["labels"] for row in encoded], IGNORED)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._padded([row["input_ids"] for row in encoded], self._padding),
             "attention_mask": self._padded(masks, 0),
             "labels": labels,
         }
         if self._shifted is not None:
             batch["decoder_input_ids"] = self._shifted(labels=labels)
-        return batch
+        return {**batch, **names_of(rows)}
 
     @property
     def _padding(self) -> int:

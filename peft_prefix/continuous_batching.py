@@ -45,6 +45,7 @@ class RequestModel(ContinuousMixin):
         injection: What is known about it.
         call: The prefix; its keys and values are copied, so that training does not change running requests.
         weights: The prefix's weights for modules of the base.
+        owner: The identity of the prefix.
         owner_now: Gives the identity of the prefix that is active at the moment, or `None` if it is disabled.
 
     Raises:
@@ -59,6 +60,7 @@ class RequestModel(ContinuousMixin):
         injection: Injection,
         call: PrefixCall,
         weights: ModuleWeights,
+        owner: Owner,
         owner_now: Callable[[], Owner | None],
     ) -> None:
         self.base = base
@@ -79,12 +81,12 @@ class RequestModel(ContinuousMixin):
                 None if states is None else (states[0].detach().clone(), states[1].detach().clone())
                 for states in call.states(1)["decoder"]
             ]
-        self.owner = call.owner
+        self.owner = owner
         self._owner_now = owner_now
         self._weights = copy.deepcopy(weights).requires_grad_(False)
-        self._length = call.length
+        self._length = call.length("decoder")
         self._limit = decoder.position_limit
-        self._is_plain = call.sliding == "plain" and decoder.has_windows
+        self._is_plain = call.prefixes[0].sliding == "plain" and decoder.has_windows
         self._text_config = decoder.text_config
 
     def __getattr__(self, name: str) -> Any:
@@ -137,9 +139,9 @@ class RequestModel(ContinuousMixin):
             PrefixNotConsumedError: Some layer has not read the prefix.
         """
         pages, places = PrefixedPages(arguments["cache"], self._states), arguments["position_ids"] + self._length
-        columns = PrefixColumns(
-            self._length, None, places if self._is_plain else None, self._text_config if self._is_plain else None
-        )
+        columns = PrefixColumns(self._length)
+        if self._is_plain:
+            columns = PrefixColumns(self._length, positions=places, text_config=self._text_config)
         kind = window_kind(self._text_config)
         mask = with_prefix_columns(arguments["attention_mask"], columns, arguments["input_ids"], None, kind)
         with outside_of_calls(), self._weights.in_place(self.base):

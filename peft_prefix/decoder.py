@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from transformers.utils import ModelOutput
 from .arguments import by_name, new_tokens_of
 from .cache import PrefixedCache, PrefixedLayer, RowOrder
 from .cache_encoder_decoder import PrefixedCrossLayer, PrefixedEncoderDecoderCache
-from .call import SiteStates
-from .config import Sliding
+from .call import PrefixCall, SiteStates
 from .errors import PrefixInputError, PrefixNotConsumedError, UnsupportedModelError
 from .masks import (
     PrefixColumns,
@@ -65,26 +65,12 @@ class DecoderInjection:
         """All arguments of one pass of the decoder by name."""
         return by_name(self.names, args, kwargs)
 
-    def enter(
-        self,
-        arguments: dict[str, Any],
-        prefix: SiteStates,
-        p: int,
-        owner: Owner,
-        sliding: Sliding = "pinned",
-        padding_mask: torch.Tensor | None = None,
-        checkpointed: bool = False,
-    ) -> dict[str, Any]:
+    def enter(self, arguments: dict[str, Any], call: PrefixCall) -> dict[str, Any]:
         """The arguments of one pass with the prefix put in.
 
         Args:
             arguments: The pass's arguments by name, in terms of real tokens.
-            prefix: The prefix's keys and values at the sites `decoder` and `cross`, as far as it has them.
-            p: Length of the prefix.
-            owner: Identity of the prefix, to recognize the caches that were filled with it.
-            sliding: What happens to the prefix in layers with a sliding window.
-            padding_mask: The whole call's 2D mask, where the pass itself gets a finished 4D one.
-            checkpointed: Whether layers will run again in the backward pass, so that no cache can be kept.
+            call: The call that the pass belongs to.
 
         Returns:
             New arguments, whose `past_key_values` stands before the user's cache.
@@ -93,16 +79,15 @@ class DecoderInjection:
             PrefixInputError: Mask, positions, cache or length do not fit.
             UnsupportedModelError: The base's attention implementation cannot keep the prefix visible.
         """
-        own = prefix.get("decoder")
-        if own is None:
-            p = 0
-        new_tokens = new_tokens_of(arguments)
+        p, new_tokens = call.length("decoder"), new_tokens_of(arguments)
+        rows = new_tokens.shape[0]
+        prefix, owner = call.states(rows), call.owner(rows)
         if p and self._is_packed(arguments):
             self._require_separate_texts(arguments)
             arguments = {**arguments, "use_cache": False}  # with one, also the base itself would mix the texts
-        if checkpointed:
+        if call.checkpointed:
             self._require_no_cache(arguments)
-        past = None if checkpointed else self._past(arguments, owner)
+        past = None if call.checkpointed else self._past(arguments, owner)
         past_self = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
         seen = 0 if past is None else past.get_seq_length()
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -110,29 +95,32 @@ class DecoderInjection:
             self._check_mask(mask, new_tokens, past, seen)
         if p and self.counts_left_padding:
             self._check_left_padding(mask)
-            self._check_left_padding(padding_mask)
+            self._check_left_padding(call.padding_mask)
 
         if p and self.needs_slots and not seen:
             self._check_length(p, past, new_tokens, None)
             cache = self._prefixed(prefix, past, None, SlotLayer)
-            return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": not checkpointed}
+            return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": not call.checkpointed}
         order = None
         result = dict(arguments)
-        known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else padding_mask
+        known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else call.padding_mask
         if self.takes_positions:
-            result["position_ids"] = self._positions(positions, known, new_tokens, seen, p)
-        elif p and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            shift = call.shift(rows, new_tokens.device)
+            result["position_ids"] = self._positions(positions, known, new_tokens, seen, shift)
+        elif p and isinstance(mask, torch.Tensor):
             order = RowOrder(leading_padding(mask), p)
         self._check_length(p, past, new_tokens, result.get("position_ids"))
         if p:
-            columns = PrefixColumns(p, order)
-            if sliding == "plain" and self.has_windows:
+            columns = replace(call.columns("decoder", rows, new_tokens.device), order=order)
+            if self.has_windows:
                 places = self._places(positions, known, new_tokens, seen)
-                columns = PrefixColumns(p, order, places + p, self.text_config)
+                columns = call.in_windows(columns, places, rows, self.text_config)
+            if mask is None and columns.lengths is not None:
+                mask = _open_mask(new_tokens, past, seen)
             result["attention_mask"] = self._mask(mask, columns, positions, new_tokens, past_self)
         result["past_key_values"] = self._prefixed(prefix, past, order)
         # Some decoders hand their layers no cache unless one is wanted.
-        result["use_cache"] = not checkpointed
+        result["use_cache"] = not call.checkpointed
         return result
 
     def leave(self, output: Any, arguments: Mapping[str, Any]) -> Any:
@@ -260,7 +248,7 @@ class DecoderInjection:
                 "call model.gradient_checkpointing_disable() or model.eval()."
             )
 
-    def _past(self, arguments: dict[str, Any], owner: Owner) -> Cache | None:
+    def _past(self, arguments: dict[str, Any], owner: Owner | None) -> Cache | None:
         past = arguments.get("past_key_values")
         if past is None:
             use_cache = arguments.get("use_cache")
@@ -315,11 +303,11 @@ class DecoderInjection:
         mask: torch.Tensor | None,
         new_tokens: torch.Tensor,
         seen: int | torch.Tensor,
-        p: int,
+        shift: int | torch.Tensor,
     ) -> torch.Tensor:
         if positions is None:
             positions = self._places(None, mask, new_tokens, seen)
-        return positions + p
+        return positions + shift
 
     def _check_mask(
         self, mask: torch.Tensor, new_tokens: torch.Tensor, past: Cache | None, seen: int | torch.Tensor
@@ -365,6 +353,16 @@ class DecoderInjection:
             f"{self.position_limit}. Shorten the text (max_length={self.position_limit - p} in the tokenizer) or use "
             "fewer virtual tokens."
         )
+
+
+def _open_mask(new_tokens: torch.Tensor, past: Cache | None, seen: int | torch.Tensor) -> torch.Tensor:
+    """The 2D mask of a text without padding; a cache of fixed size may be wider than the text, which changes nothing.
+
+    (What has not been written yet is hidden by causality.)
+    """
+    rows, length = new_tokens.shape[:2]
+    columns = past.get_max_length() if past is not None and past.is_compileable else int(seen) + length
+    return torch.ones(rows, columns, dtype=torch.long, device=new_tokens.device)
 
 
 def _position_limit(text_config: Any) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .cache import KeyValue, PrefixedLayer, RowOrder
 from .cache_encoder_decoder import SuppliedCache
 from .call import PrefixCall
 from .errors import PrefixNotConsumedError
-from .masks import PrefixColumns, WideMasks, leading_padding
+from .masks import WideMasks, leading_padding
 from .ownership import sign_encoding
 from .passes import Entered, Intervention
 from .structure import Structure
@@ -50,12 +51,12 @@ class EncoderInjection:
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
             arguments = by_name(self.names, args, kwargs)
-            encoding.begin(arguments.get("attention_mask"))
+            encoding.begin(arguments)
             return arguments, None
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             encoding.finish()
-            sign_encoding(output, call.owner)
+            sign_encoding(output, call.owner(encoding.rows))
             return output
 
         return [Intervention(encoder, enter, leave), *encoding.layers()]
@@ -69,27 +70,41 @@ class _Encoding:
         self.structure = structure
         self.is_relative = is_relative
 
-    def begin(self, attention_mask: torch.Tensor | None) -> None:
-        """Start a pass with this 2D padding mask."""
-        order = None
-        if self.is_relative and attention_mask is not None and attention_mask.dim() == 2:
-            order = RowOrder(leading_padding(attention_mask), self.call.length)
-        self.columns = PrefixColumns(self.call.length, order)
-        self.masks = WideMasks()
+    def begin(self, arguments: dict[str, Any]) -> None:
+        """Start a pass with these arguments."""
+        encoder, mask = self.structure.encoder, arguments.get("attention_mask")
+        assert encoder is not None
+        inputs = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+        self.rows = inputs.shape[0]
+        columns, order = self.call.columns("encoder", self.rows, inputs.device), None
+        if self.is_relative and mask is not None and mask.dim() == 2:
+            order = RowOrder(leading_padding(mask), columns.length)
+        self.columns = replace(columns, order=order)
+        self.masks = WideMasks(getattr(getattr(encoder, "config", None), "_attn_implementation", None))
         self.read: set[int] = set()
-        assert self.structure.encoder is not None
-        self.bias = position_bias(self.structure.encoder, order)
+        self.bias = position_bias(encoder, order)
 
     def layers(self) -> list[Intervention]:
         """What happens to the attention layers."""
         interventions = [
-            supply(attention, self._cache_of(index), lambda mask: self.masks.widened(mask, self.columns))
+            supply(attention, self._cache_of(index), self._widened)
             for index, attention in enumerate(self.structure.encoder_attention)
         ]
         for index, layout in enumerate(self.structure.written_out):
-            bias = lambda p, queries: self.bias(p, queries)  # noqa: E731 - each pass has another one
-            interventions += WrittenOut(layout).with_prefix(self._prefix_of(index), bias)
+            interventions += WrittenOut(layout).with_prefix(self._prefix_of(index), self._scores_of)
         return interventions
+
+    def _widened(self, mask: Any, hidden_states: torch.Tensor) -> Any:
+        return self.masks.widened(mask, self.columns, hidden_states.shape[1], hidden_states)
+
+    def _scores_of(self, p: int, queries: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores of the virtual tokens: their position bias, and what hides those of others."""
+        bias, there = self.bias(p, queries), self.columns.exists()
+        if there is None:
+            return bias
+        hidden = torch.zeros(there.shape, dtype=queries.dtype, device=queries.device)
+        hidden = hidden.masked_fill(~there, torch.finfo(queries.dtype).min)[:, None, None, :]
+        return hidden if bias is None else hidden + bias.to(hidden)
 
     def finish(self) -> None:
         """Note that the prefix was read.

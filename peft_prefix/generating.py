@@ -6,7 +6,10 @@ from typing import Any, cast
 
 from .continuous_batching import RequestModel
 from .errors import PrefixInputError
+from .modules_to_save import base_weights
 from .ownership import Owner
+from .passes import outside_of_calls
+from .readers import PrefixNames, Readers
 from .running import RunningModel, require_no_prefix
 from .stopping import PositionsUsedUp
 
@@ -16,20 +19,28 @@ class GeneratingModel(RunningModel):
 
     _request_model: RequestModel | None = None
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the active prefix; arguments and results are those of the base's `generate`.
+    def generate(self, *args: Any, prefix_names: PrefixNames | None = None, **kwargs: Any) -> Any:
+        """Generate with the active prefix, or with one for each row; the rest is as in the base's `generate`.
 
         The prefix counts neither as prompt nor as generated text: `max_new_tokens`, `max_length`, stopping criteria
         and returned sequences are about real tokens.
+
+        Args:
+            *args: The base's arguments.
+            prefix_names: The name of each prompt's prefix, `None` for prompts that run without one. Beams and
+                `num_return_sequences` of a prompt all have its prefix.
+            **kwargs: The base's arguments.
         """
         self._require_head()
         if _wants_pages(*args, **kwargs):
             raise PrefixInputError('Not cache_implementation="paged" but generate_batch runs requests in pages.')
-        if self._disabled:
+        readers = self._readers(prefix_names, dict(zip(("inputs",), args, strict=False)) | kwargs)
+        if readers is None:
             require_no_prefix(kwargs)
-            return self._base_generate(*args, **kwargs)
-        with self._acting(kwargs, padding_mask=False):
-            return self._base_generate(*args, **self._stopping_in_time(kwargs))
+            with outside_of_calls(), base_weights():
+                return self._base_generate(*args, **kwargs)
+        with self._acting(readers, kwargs, padding_mask=False):
+            return self._base_generate(*args, **self._stopping_in_time(readers, kwargs))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Generate for many requests by continuous batching; arguments and results are those of the base's method."""
@@ -66,13 +77,13 @@ class GeneratingModel(RunningModel):
     def _base_generate(self, *args: Any, **kwargs: Any) -> Any:
         return cast("Any", self.base).generate(*args, **kwargs)
 
-    def _stopping_in_time(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _stopping_in_time(self, readers: Readers, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `generate` that end it when the base's positions are used up."""
-        limit, (_, config, _) = self._injection.decoder.position_limit, self.prefixes.in_use()
-        if limit is None or "decoder" not in (config.sites or ()):
+        limit, p = self._injection.decoder.position_limit, max(prefix.at("decoder") for prefix in readers.prefixes)
+        if limit is None or not p:
             return arguments
         is_causal = self._injection.structure.encoder is None
-        criterion = PositionsUsedUp(limit, config.num_virtual_tokens, arguments if is_causal else {})
+        criterion = PositionsUsedUp(limit, p, arguments if is_causal else {})
         return {**arguments, "stopping_criteria": [*(arguments.get("stopping_criteria") or []), criterion]}
 
     def _requests(self) -> Any:
@@ -80,30 +91,32 @@ class GeneratingModel(RunningModel):
         self._require_head()
         if self._disabled:
             return self.base
-        call, known = self._call({}), self._request_model
-        if known is not None and known.owner == call.owner:
+        entry, known = self.prefixes.entry(), self._request_model
+        owner = entry.owner(self.prefixes)
+        if known is not None and known.owner == owner:
             return known
         if known is not None and known._cached_continuous_batching_manager is not None:
             raise PrefixInputError(
                 f"A manager that was kept (persistent_manager=True) generates with prefix {known.owner.label}, but "
-                f"active is prefix {call.owner.label}. Call model.destroy_cached_continuous_batching_manager() first."
+                f"active is prefix {owner.label}. Call model.destroy_cached_continuous_batching_manager() first."
             )
         self.eval()
-        self._request_model = RequestModel(
-            self.base, self._injection, self._call({}), self.prefixes.weights(), self._acting_owner
-        )
+        call = self._call(Readers(self.prefixes, [entry]), {})
+        self._request_model = RequestModel(self.base, self._injection, call, entry.weights, owner, self._acting_owner)
         return self._request_model
 
     def _acting_owner(self) -> Owner | None:
         """Identity of the prefix that acts at the moment."""
-        return None if self._disabled else self._call({}).owner
+        if self._disabled or self.prefixes.active is None:
+            return None
+        return self.prefixes.entry().owner(self.prefixes)
 
     def _encoded_for_generation(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """What `generate` asks of an assistant: its inputs with the encoder's outputs, made with its own prefix."""
-        method = getattr(self.base, name)
-        if self._disabled:
+        method, readers = getattr(self.base, name), self._readers(None, {})
+        if readers is None:
             return method(*args, **kwargs)
-        with self._injection.encoding(self._call({})):
+        with self._injection.encoding(self._call(readers, {})):
             return method(*args, **kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,12 +8,13 @@ between the two. Everything around them, heads, image towers, losses, generation
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.utils.generic import TransformersKwargs
 
 from .arguments import by_name, new_tokens_of
@@ -24,10 +25,11 @@ from .decoder import DecoderInjection
 from .encoder import EncoderInjection
 from .errors import PrefixInputError, PrefixNotConsumedError
 from .local_windows import LocalWindows
-from .masks import PrefixColumns, WideMasks
+from .masks import WideMasks
 from .ownership import require_encoding
 from .packing import REPEATS
 from .passes import Entered, Intervention, intervening, keep_gates
+from .row_positions import position_modules, positions_by_row
 from .structure import Structure
 
 _ABOUT_REAL_TOKENS_ONLY = {"position_ids", *REPEATS}
@@ -53,7 +55,7 @@ class Injection:
         self.encoder = EncoderInjection(structure)
         self.may_be_checkpointed = [one for one in base.modules() if hasattr(one, "gradient_checkpointing")]
         self.stacks = [one for one in base.modules() if isinstance(one, nn.ModuleList)]
-        keep_gates(structure.modules)
+        keep_gates([*structure.modules, *position_modules(structure.decoder)])
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call of the base by name.
@@ -99,7 +101,8 @@ class Injection:
             PrefixInputError: Given encoder outputs were made without the prefix.
         """
         if self.structure.encoder is not None and arguments.get("encoder_outputs") is not None:
-            require_encoding(arguments["encoder_outputs"], call.owner if "encoder" in call.sites else None)
+            encoded = arguments["encoder_outputs"]
+            require_encoding(encoded, call.owner(encoded[0].shape[0]) if "encoder" in call.sites else None)
             call.read.add("encoder")
         call.checkpointed = self.base.training and is_checkpointed(self.may_be_checkpointed)
         if call.checkpointed and is_reentrant(self.base) and self._shares_caches():
@@ -146,33 +149,46 @@ class Injection:
             slots |= {one.module: ("encoder", index) for index, one in enumerate(self.structure.written_out)}
         outer = {self.structure.decoder, self.structure.encoder}
         inner = [one for one in interventions if one.module not in outer]
-        return Checkpoints(inner, slots, call, lambda: self.local_windows.opened(call.length)).acting(self.base)
+        return Checkpoints(inner, slots, call, lambda: self._opened(call)).acting(self.base)
 
     def _interventions(self, call: PrefixCall) -> list[Intervention]:
         interventions = self.encoder.interventions(call)
         if call.sites != ("encoder",):
             interventions.append(self._decoder_intervention(call))
-        if "decoder" in call.sites and call.checkpointed:
+        if call.varies("decoder") and not self.decoder.takes_positions:
+            interventions += positions_by_row(self.decoder.decoder, call)
+        if "decoder" in call.sites and (call.checkpointed or call.varies("decoder")):
+            masks = WideMasks(self.decoder.text_config._attn_implementation)
             for attention in self.structure.self_attention:
-                interventions.append(supply(attention, call.cache_for(attention.takes_pair, "decoder"), None))
+                given = call.cache_for(attention.takes_pair, "decoder") if call.checkpointed else None
+                mask = _mask_of_one_token(call, masks, attention.index) if call.varies("decoder") else None
+                interventions.append(supply(attention, given, mask))
         if "cross" in call.sites:
-            columns, known = PrefixColumns(call.length), WideMasks()
+            known = WideMasks(self.decoder.text_config._attn_implementation)
+
+            def mask(given: Any, states: torch.Tensor) -> Any:
+                columns = call.columns("cross", states.shape[0], states.device)
+                return known.widened(given, columns, call.source_length, states)
+
             for attention in self.structure.cross_attention:
                 given = call.cache_for(attention.takes_pair, "cross") if call.checkpointed else None
-                interventions.append(supply(attention, given, lambda mask: known.widened(mask, columns)))
+                interventions.append(supply(attention, given, mask))
         return interventions
+
+    def _opened(self, call: PrefixCall) -> AbstractContextManager[None]:
+        return self.local_windows.opened(call.length("decoder"))
 
     def _decoder_intervention(self, call: PrefixCall) -> Intervention:
         injection = self.decoder
 
         def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entered:
             arguments = injection.named(args, kwargs)
-            states = call.states(new_tokens_of(arguments).shape[0])
-            entered = injection.enter(
-                arguments, states, call.length, call.owner, call.sliding, call.padding_mask, call.checkpointed
-            )
+            if self.structure.encoder is not None:
+                call.source_length = arguments["encoder_hidden_states"].shape[1]
+            call.rows_of_pass = new_tokens_of(arguments).shape[0]
+            entered = injection.enter(arguments, call)
             call.cache = entered["past_key_values"]
-            return entered, self.local_windows.opened(call.length) if self.local_windows.modules else None
+            return entered, self._opened(call) if self.local_windows.modules else None
 
         def leave(output: Any, arguments: dict[str, Any]) -> Any:
             output = injection.leave(output, arguments)
@@ -180,6 +196,20 @@ class Injection:
             return output
 
         return Intervention(injection.decoder, enter, leave)
+
+
+def _mask_of_one_token(call: PrefixCall, masks: WideMasks, index: int) -> Callable[[Any, torch.Tensor], Any]:
+    """Masks of a layer whose decoder makes none for a single token (LED's), where rows hide parts of a prefix."""
+
+    def mask(given: Any, states: torch.Tensor) -> Any:
+        if given is not None or states.shape[1] > 1:
+            return given
+        columns, cache = call.columns("decoder", states.shape[0], states.device), call.cache
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        assert own is not None
+        return masks.widened(None, columns, own.get_mask_sizes(1, index)[0] - columns.length, states)
+
+    return mask
 
 
 def _accepted(signature: inspect.Signature) -> set[str]:

@@ -23,9 +23,8 @@ from .example_inputs import ordinary_ids, source_inputs
 from .logits_on_demand import LogitsOnDemand
 from .passes import Entered, Intervention, intervening, outside_of_calls
 from .placement import home
+from .prompt_target import IGNORED
 
-IGNORED = -100
-"""Label of positions that the loss leaves out."""
 _NEUTRAL = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "num_items_in_batch", "use_cache"}
 _NEUTRAL |= {"decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs", "return_dict"}
 _NEUTRAL |= {"output_hidden_states", "output_attentions", "output_router_logits", "past_key_values"}

@@ -2,7 +2,8 @@
 
 What real tokens see of each other is the model's business (causality, padding, windows, chunks, packed sequences) and
 is taken from the model unchanged. The prefix adds columns that every token sees, or, with plain sliding windows, every
-token that is near enough.
+token that is near enough. Where rows have prefixes of different lengths, `p` is that of the longest; the others stand
+at the end of their columns, directly before the text, and what is left at the beginning is hidden.
 """
 
 from __future__ import annotations
@@ -29,31 +30,53 @@ class PrefixColumns:
     """The columns of a prefix in the masks of one forward pass.
 
     Args:
-        length: Length `p` of the prefix.
+        length: Length `p` of the prefix, the longest one if rows differ.
         order: Where each row's prefix goes if not to the front (2D masks only).
-        positions: For plain sliding windows, the positions of the new tokens, `(1 or batch, new)`, with the prefix at
-            `0..p-1`; `None` keeps the prefix visible at every distance.
+        lengths: Length of each row's prefix, `(batch,)`, where they differ.
+        positions: For plain sliding windows, the positions of the new tokens, `(1 or batch, new)`, with each row's
+            prefix at the first ones; `None` keeps the prefix visible at every distance.
         text_config: For plain sliding windows, the config that says how wide they are.
+        pinned: Rows whose prefix stays visible all the same, `(batch,)`.
     """
 
     length: int
     order: RowOrder | None = None
+    lengths: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     text_config: Any = None
+    pinned: torch.Tensor | None = None
+
+    def exists(self) -> torch.Tensor | None:
+        """Which columns stand for a virtual token, `(batch, p)`; `None` if all do."""
+        if self.lengths is None:
+            return None
+        place = torch.arange(self.length, device=self.lengths.device)
+        there: torch.Tensor = place >= self.length - self.lengths[:, None]
+        return there
 
     def visible(self, kind: str) -> torch.Tensor | None:
-        """Which virtual tokens each new token sees in layers of a kind, `(1 or batch, 1, new, p)`; `None` for all."""
-        if self.positions is None:
+        """Which columns each new token sees in layers of a kind, `(1 or batch, 1, 1 or new, p)`; `None` for all."""
+        exists = self.exists()
+        there = None if exists is None else exists[:, None, None, :]
+        near = self._near(kind)
+        if near is None or there is None:
+            return there if near is None else near
+        return near & there
+
+    def _near(self, kind: str) -> torch.Tensor | None:
+        """Which columns are near enough to each new token; `None` for all."""
+        if self.positions is None or kind not in ("sliding_attention", "chunked_attention"):
             return None
-        own = torch.arange(self.length, device=self.positions.device)
+        own = torch.arange(self.length, device=self.positions.device)[None, :]
+        lengths: torch.Tensor | int = self.length
+        if self.lengths is not None:
+            own, lengths = own + self.lengths[:, None] - self.length, self.lengths[:, None, None, None]
         queries = self.positions[:, None, :, None]
         if kind == "sliding_attention":
-            near: torch.Tensor = queries - own < self.text_config.sliding_window
-            return near
-        if kind == "chunked_attention":  # chunks count real tokens; the prefix belongs to the first one
-            near = queries - self.length < self.text_config.attention_chunk_size
-            return near.expand(-1, -1, -1, self.length)
-        return None
+            near: torch.Tensor = queries - own[:, None, None, :] < self.text_config.sliding_window
+        else:  # chunks count real tokens; the prefix belongs to the first one
+            near = (queries - lengths < self.text_config.attention_chunk_size).expand(-1, -1, -1, self.length)
+        return near if self.pinned is None else near | self.pinned[:, None, None, None]
 
 
 def model_masks(
@@ -128,7 +151,10 @@ def with_prefix_columns(
 
 
 def leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Number of padding tokens before each row's first real token, `(batch,)`, from a 2D mask."""
+    """Number of padding tokens before each row's first real token, `(batch,)`, from a 2D or 4D mask."""
+    if attention_mask.dim() == 4:  # padding is what no token sees
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+        attention_mask = seen.flatten(1, 2).any(dim=1)
     return (attention_mask.cumsum(dim=-1) == 0).sum(dim=-1)
 
 
@@ -154,7 +180,9 @@ def widened(
     if isinstance(mask, BlockMask):
         return _widened_block_mask(mask, p, visible)
     if mask.dim() == 2:
-        wide = torch.cat([mask.new_ones(mask.shape[0], p), mask], dim=-1)
+        there = columns.exists()
+        own = mask.new_ones(mask.shape[0], p) if there is None else there.to(mask)
+        wide = torch.cat([own, mask], dim=-1)
         return wide if columns.order is None else wide.gather(1, columns.order.indices(wide.shape[1]).to(wide.device))
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise PrefixInputError(
@@ -177,20 +205,40 @@ def widened(
 
 
 class WideMasks:
-    """Masks with the prefix's columns, each made once although every layer asks for it."""
+    """Masks with the prefix's columns in attention to both sides, each made once although every layer asks for it.
 
-    def __init__(self) -> None:
-        self._known: list[tuple[Any, Any]] = []
+    Args:
+        implementation: The attention implementation of the layers.
+    """
 
-    def widened(self, mask: Any, columns: PrefixColumns) -> Any:
-        """The mask with the prefix's columns; `None`, as everywhere in attention to both sides, hides nothing."""
-        if mask is None:
+    def __init__(self, implementation: str | None = None) -> None:
+        self.implementation = str(implementation)
+        self._known: list[tuple[Any, PrefixColumns, tuple[int, int], Any]] = []
+
+    def widened(self, mask: Any, columns: PrefixColumns, keys: int, states: torch.Tensor) -> Any:
+        """A mask with the prefix's columns; `None`, which hides nothing, stays so where rows have equal prefixes.
+
+        Args:
+            mask: What the layer got from its model.
+            columns: The prefix's columns.
+            keys: How many real keys there are.
+            states: Hidden states `(batch, tokens, hidden)`, for their dtype and device.
+        """
+        if mask is None and columns.lengths is None:
             return None
-        for original, wide in self._known:
-            if original is mask:
+        size = (states.shape[1], keys)
+        for original, known, known_size, wide in self._known:
+            if original is mask and known is columns and known_size == size:
                 return wide
-        self._known = [*self._known[-1:], (mask, widened(mask, columns))]  # layers of two kinds have two masks
-        return self._known[-1][1]
+        wide = widened(self._open(keys, states) if mask is None else mask, columns)
+        self._known = [*self._known[-1:], (mask, columns, size, wide)]  # layers of two kinds have two masks
+        return wide
+
+    def _open(self, keys: int, states: torch.Tensor) -> torch.Tensor:
+        """A mask that hides nothing, in a form that the layers read."""
+        if self.implementation.startswith("flash"):
+            return torch.ones(states.shape[0], keys, dtype=torch.long, device=states.device)
+        return torch.zeros(1, 1, states.shape[1], keys, dtype=states.dtype, device=states.device)
 
 
 def _with_columns(mask: Mask, columns: PrefixColumns, new_tokens: torch.Tensor, past: Cache | None, kind: str) -> Mask:
@@ -203,16 +251,18 @@ def _is_recurrent(kind: str) -> bool:
 
 
 def _widened_block_mask(mask: BlockMask, p: int, visible: torch.Tensor | None) -> BlockMask:
-    real_tokens = mask.mask_mod
+    real_tokens, (batch, heads, query_length, key_length) = mask.mask_mod, mask.shape
+    if visible is not None:
+        visible = visible.expand(-1, -1, query_length, -1)
 
-    def with_prefix(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def with_prefix(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         own = key < p
         if visible is not None:
-            own = own & visible[batch % visible.shape[0], 0, query, key.clamp(max=p - 1)]
-        return own | ((key >= p) & real_tokens(batch, head, query, (key - p).clamp(min=0)))
+            own = own & visible[row % visible.shape[0], 0, query, key.clamp(max=p - 1)]
+        return own | ((key >= p) & real_tokens(row % batch, head, query, (key - p).clamp(min=0)))
 
-    batch, heads, query_length, key_length = mask.shape
-    return create_block_mask(with_prefix, batch, heads, query_length, p + key_length, device=mask.kv_num_blocks.device)
+    rows = batch if visible is None else max(batch, visible.shape[0])
+    return create_block_mask(with_prefix, rows, heads, query_length, p + key_length, device=mask.kv_num_blocks.device)
 
 
 def _causal(kind: str, new_tokens: torch.Tensor, past: Cache | None) -> torch.Tensor:

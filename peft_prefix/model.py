@@ -63,20 +63,33 @@ class PrefixModel(StoringModel):
         tensors = self._initial(config, tokenizer, input_ids, past_key_values)
         self._install(name, config, tensors, weights)
         self.prefixes.active = name
-        self._fingerprint(name)
+        self._fingerprint(self.prefixes.entry(name))
 
-    def set_prefix(self, name: str) -> None:
+    def set_prefix(self, name: str | None) -> None:
         """Use another prefix from now on; training goes to it alone, unless it was loaded frozen.
+
+        Args:
+            name: Its name; `None` for no active prefix, so that every call must name its prefixes (`prefix_names`).
 
         Raises:
             PrefixConfigError: There is no prefix of that name.
         """
-        self.prefixes.check_known(name)
+        if name is not None:
+            self.prefixes.entry(name)
         self.prefixes.active = name
+
+    def remove_prefix(self, name: str) -> None:
+        """Forget a prefix and free its memory. What runs with it at the moment goes on.
+
+        Raises:
+            PrefixConfigError: There is no prefix of that name, or it is the active one.
+        """
+        self.prefixes.remove(name)
+        self._fingerprints.pop(name, None)
 
     @property
     def active_prefix(self) -> str | None:
-        """Name of the prefix in use."""
+        """Name of the prefix that acts where none is named."""
         return self.prefixes.active
 
     def initialize_prefix(
@@ -102,12 +115,11 @@ class PrefixModel(StoringModel):
             raise PrefixConfigError(
                 "Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=..."
             )
-        name, config, parameterization = self.prefixes.in_use()
-        config = config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
-        tensors = self._initial(config, tokenizer, input_ids, past_key_values)
-        parameterization.start_from(tensors)
-        self.prefixes.configs[name] = config
-        self._fillings += 1
+        entry = self.prefixes.entry()
+        config = entry.config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
+        entry.module.start_from(self._initial(config, tokenizer, input_ids, past_key_values))
+        entry.config = config
+        entry.fillings += 1
 
     def _initial(
         self,

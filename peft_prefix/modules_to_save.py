@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,9 +24,53 @@ from .processes import whole
 
 MODULES = "modules_to_save"
 """What the names of these modules' tensors begin with, in files and in training states."""
+Forward = Callable[..., Any]
+"""The forward function of a module."""
 
 
-class ModuleWeights(nn.Module):
+class Weights:
+    """Weights that act instead of the base's."""
+
+    module_names: tuple[str, ...]
+    """Full names of the base's modules that they are for."""
+
+    def run(self, name: str, module: nn.Module, usual: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a module gives with these weights.
+
+        Args:
+            name: Its name.
+            module: The base's own.
+            usual: Its forward with its own weights.
+            args: Its arguments.
+            kwargs: Its arguments by name.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def in_place(self, base: PreTrainedModel) -> Iterator[None]:
+        """Inside this context, and in this thread only, these weights act instead of the base's.
+
+        Raises:
+            PrefixInputError: Gradient checkpointing would compute such a module again after the context is left.
+        """
+        modules = {name: base.get_submodule(name) for name in self.module_names}
+        for name in modules if base.training else ():
+            if any(getattr(module, "gradient_checkpointing", False) for module in _around(base, name)):
+                raise PrefixInputError(
+                    f"Gradient checkpointing would compute {name!r} a second time with the base's own weights. Switch "
+                    "it off, or leave this module out of modules_to_save."
+                )
+        switches = {_switch_for(module): name for name, module in modules.items()}
+        before, _running.acting = _running.acting, _Acting(self, switches)
+        try:
+            yield
+        finally:
+            _running.acting = before
+            for switch in switches:
+                switch.release()
+
+
+class ModuleWeights(nn.Module, Weights):
     """One prefix's weights for some modules of the base, named as in the base.
 
     They are kept in float32, as the prefix is, and rounded to the base's dtype in each pass: the small steps at the end
@@ -63,28 +107,9 @@ class ModuleWeights(nn.Module):
         """The parameters by the names that they have in a file."""
         return {f"{MODULES}.{name}": parameter for name, parameter in self.named_parameters()}
 
-    @contextmanager
-    def in_place(self, base: PreTrainedModel) -> Iterator[None]:
-        """Inside this context, and in this thread only, these weights act instead of the base's.
-
-        Raises:
-            PrefixInputError: Gradient checkpointing would compute such a module again after the context is left.
-        """
-        modules = {name: base.get_submodule(name) for name in self.module_names}
-        for name in modules if base.training else ():
-            if any(getattr(module, "gradient_checkpointing", False) for module in _around(base, name)):
-                raise PrefixInputError(
-                    f"Gradient checkpointing would compute {name!r} a second time with the base's own weights. Switch "
-                    "it off, or leave this module out of modules_to_save."
-                )
-        switches = {_switch_for(module): name for name, module in modules.items()}
-        before, _running.acting = _running.acting, _Acting(self, switches)
-        try:
-            yield
-        finally:
-            _running.acting = before
-            for switch in switches:
-                switch.release()
+    def run(self, name: str, module: nn.Module, usual: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module gives with these weights, for all rows."""
+        return self.replica(name, module).forward(*args, **kwargs)
 
     def replica(self, name: str, module: nn.Module) -> nn.Module:
         """A module that shares everything with the base's module of this name except for its weights.
@@ -193,7 +218,7 @@ def require_called() -> None:
 class _Acting:
     """The weights that act in the current pass."""
 
-    def __init__(self, weights: ModuleWeights, switches: dict[_Switch, str]) -> None:
+    def __init__(self, weights: Weights, switches: dict[_Switch, str]) -> None:
         self.weights = weights
         self.switches = switches
         self.called: set[_Switch] = set()
@@ -223,7 +248,7 @@ class _Switch:
         if acting is None or name is None:
             return self.usual(*args, **kwargs)
         acting.called.add(self)
-        return acting.weights.replica(name, self.module).forward(*args, **kwargs)
+        return acting.weights.run(name, self.module, self.usual, args, kwargs)
 
     def release(self) -> None:
         """Leave the module as it was, once no pass needs the switch any more."""

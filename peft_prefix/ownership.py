@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,13 @@ class Owner:
     def __deepcopy__(self, _: Any) -> Owner:
         """Itself: the copy of a cache was made with the same prefix."""
         return self
+
+
+def owner_of_rows(owners: Sequence[Owner | None]) -> Owner | None:
+    """Who owns a batch whose rows have these owners; rows with the same one make a batch as if it were active."""
+    if all(owner == owners[0] for owner in owners[1:]):
+        return owners[0]
+    return Owner(" | ".join("none" if owner is None else owner.label for owner in owners))
 
 
 def claim(cache: Cache, owner: Owner | None) -> None:
@@ -62,7 +70,7 @@ def require_owner(cache: Cache, owner: Owner | None) -> None:
     )
 
 
-def sign_encoding(output: Any, owner: Owner) -> None:
+def sign_encoding(output: Any, owner: Owner | None) -> None:
     """Note that an encoder's output was made with this prefix."""
     if not torch.compiler.is_compiling():  # there it would be lost, and the encoding refused
         setattr(_hidden_states(output), _OWNER, owner)

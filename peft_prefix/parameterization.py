@@ -1,34 +1,81 @@
-"""The trained form of a prefix: plain keys and values, or the paper's network that produces them.
+"""The forms of a prefix: plain keys and values, the paper's network that produces them, or one that is not trained.
 
-Both forms answer the same three questions: which keys and values (`forward`), start from these (`start_from`), and how
-many numbers (their parameters). Shapes: `p` virtual tokens, `H` key/value heads, `Dk` key width, `Dv` value width.
+All answer the same questions: which keys and values (`forward`), the same as one row for each virtual token (`rows`),
+start from these (`start_from`), and what a file contains (`plain`). Shapes: `p` virtual tokens, `H` key/value heads,
+`Dk` key width, `Dv` value width, `N` numbers of one virtual token in all layers of a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
 from .config import PrefixConfig
+from .errors import PrefixInputError
 from .geometry import Geometry
 
 PrefixTensors = dict[str, torch.Tensor]
 """Plain keys `(H, p, Dk)` and values `(H, p, Dv)` by name: `decoder.layers.3.key`, `decoder.layers.3.value`, ..."""
 
 
-class Parameterization(Protocol):
-    """What every trained form of a prefix can do (each is also a `torch.nn.Module`)."""
+Shapes = Mapping[str, tuple[int, int, int]]
+"""Shapes `(H, p, D)` of a prefix's tensors by name; a site's order is the order of its numbers in a row."""
 
-    def __call__(self) -> PrefixTensors:
-        """The keys and values, with gradients to whatever is trained."""
-        ...
+
+def as_rows(tensors: PrefixTensors, shapes: Shapes) -> torch.Tensor:
+    """All numbers of each virtual token side by side, `(p, N)`, where the first tensor is."""
+    columns = [tensors[name].transpose(0, 1).flatten(1) for name in shapes]
+    return torch.cat([column.to(columns[0]) for column in columns], dim=1)
+
+
+def from_rows(rows: torch.Tensor, shapes: Shapes) -> PrefixTensors:
+    """The inverse of `as_rows`, without a copy: keys and values `(..., H, p, D)` of rows `(..., p, N)`."""
+    columns = rows.split([heads * width for heads, _, width in shapes.values()], dim=-1)
+    return {
+        name: column.unflatten(-1, (heads, width)).transpose(-3, -2)
+        for (name, (heads, _, width)), column in zip(shapes.items(), columns, strict=True)
+    }
+
+
+class Parameterization(nn.Module):
+    """A form of a prefix.
+
+    Args:
+        geometry: Shapes of the base model, at the sites that the prefix has.
+        config: Its `num_virtual_tokens` is used.
+    """
+
+    def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
+        super().__init__()
+        p = config.num_virtual_tokens
+        self.geometry = geometry
+        self.sites = tuple(geometry.sites)
+        self.shapes = {site: geometry.only([site]).tensor_shapes(p) for site in self.sites}
+
+    def forward(self) -> PrefixTensors:
+        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name, with gradients to whatever is trained."""
+        sites = (from_rows(self.rows(site), shapes) for site, shapes in self.shapes.items())
+        return {name: tensor for tensors in sites for name, tensor in tensors.items()}
+
+    @property
+    def stays_behind(self) -> bool:
+        """Whether the numbers stay where they are when the model moves."""
+        return False
+
+    def rows(self, site: str) -> torch.Tensor:
+        """The numbers of one site, `(p, N)`, with gradients to whatever is trained."""
+        raise NotImplementedError
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Make `self()` return exactly these keys and values."""
-        ...
+        raise NotImplementedError
+
+    def plain(self, state: PrefixTensors) -> PrefixTensors:
+        """What a file contains: the keys and values that a form with this state gives, without gradients."""
+        raise NotImplementedError
 
 
 class _KeyValue(nn.Module):
@@ -40,18 +87,15 @@ class _KeyValue(nn.Module):
         self.value = nn.Parameter(torch.zeros(value_shape))
 
 
-class DirectPrefix(nn.Module):
+class DirectPrefix(Parameterization):
     """Keys and values themselves are the parameters.
 
-    Args:
-        geometry: Shapes of the base model.
-        config: Its `num_virtual_tokens` is used.
+    Args: as `Parameterization`.
     """
 
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
-        super().__init__()
+        super().__init__(geometry, config)
         p = config.num_virtual_tokens
-        self.sites = tuple(geometry.sites)
         for site in self.sites:
             layers = nn.ModuleDict()
             for owner, index, shape in geometry.layers():
@@ -61,9 +105,12 @@ class DirectPrefix(nn.Module):
             self.add_module(site, nn.ModuleDict({"layers": layers}))
 
     def forward(self) -> PrefixTensors:
-        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
-        sites = ((site, self.get_submodule(site)) for site in self.sites)
-        return {name: tensor for site, module in sites for name, tensor in module.named_parameters(prefix=site)}
+        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name: the parameters themselves."""
+        return {name: tensor for site in self.sites for name, tensor in self._of(site).items()}
+
+    def rows(self, site: str) -> torch.Tensor:
+        """The numbers of one site, `(p, N)`."""
+        return as_rows(self._of(site), self.shapes[site])
 
     def spread(self, devices: Mapping[tuple[str, int], torch.device]) -> None:
         """Move the keys and values of each site and layer to a device of their own."""
@@ -77,8 +124,67 @@ class DirectPrefix(nn.Module):
             for name, parameter in self().items():
                 parameter.copy_(tensors[name])
 
+    def plain(self, state: PrefixTensors) -> PrefixTensors:
+        """The parameters."""
+        return state
 
-class MLPPrefix(nn.Module):
+    def _of(self, site: str) -> PrefixTensors:
+        return dict(self.get_submodule(site).named_parameters(prefix=site))
+
+
+class StoredPrefix(Parameterization):
+    """Numbers that are not trained: one tensor for each site, as small as their file.
+
+    They are no parameters and no buffers, so optimizers, wrappers for several processes and the states of a training
+    pass them by.
+
+    Args:
+        geometry: Shapes of the base model, at the sites that the prefix has.
+        config: Its `num_virtual_tokens` is used.
+        device: Where the numbers stay, wherever the model goes; `None` lets them go with it.
+    """
+
+    def __init__(self, geometry: Geometry, config: PrefixConfig, device: torch.device | None = None) -> None:
+        super().__init__(geometry, config)
+        self.device = device
+        self.stored: dict[str, torch.Tensor] = {}
+
+    @property
+    def stays_behind(self) -> bool:
+        """Whether a device was named for them."""
+        return self.device is not None
+
+    def rows(self, site: str) -> torch.Tensor:
+        """The numbers of one site, `(p, N)`."""
+        return self.stored[site]
+
+    def start_from(self, tensors: PrefixTensors) -> None:
+        """Keep the given keys and values, in their dtype."""
+        rows = {site: as_rows(tensors, shapes).detach() for site, shapes in self.shapes.items()}
+        self.stored = {site: one if self.device is None else one.to(self.device) for site, one in rows.items()}
+
+    def plain(self, state: PrefixTensors) -> PrefixTensors:
+        """A copy of the keys and values; there is no other state."""
+        return {name: tensor.clone() for name, tensor in self().items()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Refused, if it were to be trained.
+
+        Raises:
+            PrefixInputError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise PrefixInputError("A prefix that was loaded frozen is not trained: load it with is_trainable=True.")
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.device is None:
+            self.stored = {site: fn(rows) for site, rows in self.stored.items()}
+        return self
+
+
+class MLPPrefix(Parameterization):
     """The paper's reparameterization (Li & Liang 2021, section 4.3), in residual form, one network for each site.
 
     An embedding of `p` rows goes through hidden layer, tanh and output layer to the keys and values of all layers of a
@@ -92,18 +198,17 @@ class MLPPrefix(nn.Module):
     """
 
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
-        super().__init__()
-        self.geometry = geometry
+        super().__init__(geometry, config)
         self.config = config
-        self.sites = tuple(geometry.sites)
         for number, site in enumerate(self.sites):
             self.add_module(site, _SiteMLP(geometry.only([site]), config, config.init_seed + number))
 
-    def forward(self) -> PrefixTensors:
-        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name."""
-        return {name: tensor for site in self.sites for name, tensor in self.get_submodule(site)().items()}
+    def rows(self, site: str) -> torch.Tensor:
+        """The numbers of one site, `(p, N)`."""
+        rows: torch.Tensor = self.get_submodule(site)()
+        return rows
 
-    def folded(self, state: Mapping[str, torch.Tensor]) -> PrefixTensors:
+    def plain(self, state: PrefixTensors) -> PrefixTensors:
         """What networks with this state give; this one's own parameters may be spread over processes."""
         network = MLPPrefix(self.geometry, self.config)
         network.load_state_dict(state)
@@ -116,7 +221,7 @@ class MLPPrefix(nn.Module):
         for site in self.sites:
             network = self.get_submodule(site)
             assert isinstance(network, _SiteMLP)
-            network.start_from(tensors)
+            network.start_from(as_rows(tensors, self.shapes[site]))
 
 
 class _SiteMLP(nn.Module):
@@ -126,7 +231,6 @@ class _SiteMLP(nn.Module):
 
     def __init__(self, geometry: Geometry, config: PrefixConfig, seed: int) -> None:
         super().__init__()
-        self.shapes = geometry.tensor_shapes(config.num_virtual_tokens)
         width = config.mlp_hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -136,19 +240,13 @@ class _SiteMLP(nn.Module):
         self.register_buffer("anchor", torch.zeros(config.num_virtual_tokens, geometry.numbers_per_token))
         self._restart()
 
-    def forward(self) -> PrefixTensors:
-        rows = self.anchor + self.output(torch.tanh(self.hidden(self.embedding)))
-        widths = [heads * width for heads, _, width in self.shapes.values()]
-        columns = rows.split(widths, dim=1)
-        return {
-            name: column.unflatten(1, (heads, width)).transpose(0, 1)
-            for (name, (heads, _, width)), column in zip(self.shapes.items(), columns, strict=True)
-        }
+    def forward(self) -> torch.Tensor:
+        rows: torch.Tensor = self.anchor + self.output(torch.tanh(self.hidden(self.embedding)))
+        return rows
 
-    def start_from(self, tensors: PrefixTensors) -> None:
+    def start_from(self, rows: torch.Tensor) -> None:
         with torch.no_grad():
-            rows = [tensors[name].transpose(0, 1).flatten(1) for name in self.shapes]
-            self.anchor.copy_(torch.cat([row.to(self.anchor) for row in rows], dim=1))
+            self.anchor.copy_(rows)
         self._restart()
 
     def _restart(self) -> None:

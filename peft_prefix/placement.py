@@ -76,6 +76,11 @@ def layer_devices(base: PreTrainedModel, structure: Structure) -> dict[tuple[str
     return {place: _device_of(module) or home(base) for place, module in layers.items()}
 
 
+def is_spread(base: PreTrainedModel) -> bool:
+    """Whether `device_map` has put layers on different devices."""
+    return len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1
+
+
 def _device_of(module: nn.Module) -> torch.device | None:
     for part in module.modules():
         for hook in _hooks(part):

@@ -6,7 +6,7 @@ file contains is needed at other times, too, and all processes have to take part
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ def require_no_wrapped_layers(stacks: Iterable[nn.ModuleList]) -> None:
         )
 
 
-def require_all_used(prefixes: Mapping[str, nn.Module], active: str) -> None:
+def require_all_used(prefixes: nn.ModuleDict, used: Collection[str]) -> None:
     """Check that DDP can average the gradients of a bank of which one prefix acts.
 
     Raises:
@@ -77,14 +77,14 @@ def require_all_used(prefixes: Mapping[str, nn.Module], active: str) -> None:
         return
     idle = [
         name
-        for name, module in prefixes.items()
-        if name != active and any(parameter.requires_grad for parameter in module.parameters())
+        for name, module in list(prefixes.items())
+        if name not in used and any(parameter.requires_grad for parameter in module.parameters())
     ]
     if idle:
         raise PrefixInputError(
             "DistributedDataParallel waits for gradients of all that is trainable, and the prefixes "
-            f"{some_of(map(repr, idle))} get none while {active!r} is in use. Freeze what is not trained now, e.g. "
-            f"model.prefixes[{idle[0]!r}].requires_grad_(False), or use find_unused_parameters=True "
+            f"{some_of(map(repr, idle))} get none while {some_of(map(repr, used))} is in use. Freeze what is not "
+            f"trained now, e.g. model.prefixes[{idle[0]!r}].requires_grad_(False), or use find_unused_parameters=True "
             "(ddp_find_unused_parameters=True in TrainingArguments, with gradient checkpointing that is not reentrant)."
         )
 

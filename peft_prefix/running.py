@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .bank import PrefixBank
 from .call import PrefixCall
-from .errors import PrefixInputError
+from .errors import PrefixInputError, UnsupportedModelError
 from .examination import examined
 from .headless import Headless
 from .label_logits import LabelLogits
 from .modules_to_save import base_weights, require_called
-from .ownership import Owner, claim, require_encoding
+from .ownership import claim, require_encoding
 from .packing import without_repeats
 from .passes import Intervention, outside_of_calls
 from .processes import complete, readable, require_no_wrapped_layers
+from .readers import PrefixNames, Readers, named_entries
+from .selftest import rows_are_independent
 from .wrapped import WrappedModel
 
 
@@ -48,19 +49,20 @@ class RunningModel(WrappedModel):
         self.base = base.requires_grad_(False)
         self.geometry = geometry
         self.prefixes = PrefixBank(geometry)
-        self._fillings = 0
-        self._owners: dict[str, Owner] = {}
+        self._mixes: bool | None = None
         self._injection = injection
         self._disabled = False
         self._label_logits = LabelLogits(base)
         self._label_only_logits = True
         self.train(base.training)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base with the active prefix.
+    def forward(self, *args: Any, prefix_names: PrefixNames | None = None, **kwargs: Any) -> Any:
+        """Run the base with the active prefix, or with one for each row.
 
         Args:
             *args: The base model's arguments.
+            prefix_names: The name of each row's prefix, `None` for rows that run without one. Their lengths and sites
+                may differ. Where prefixes are trained, each gets the gradient of its own rows.
             **kwargs: The base model's arguments, all in terms of real tokens: `attention_mask` `(batch, seen + new)`
                 has no columns for the prefix, `position_ids` start at 0, `past_key_values` holds real tokens only.
 
@@ -69,20 +71,11 @@ class RunningModel(WrappedModel):
             tokens; its `past_key_values` can be passed back in for the next tokens.
 
         Raises:
+            PrefixConfigError: There is no prefix of a name, or none is active and none is named.
             PrefixInputError: An argument does not fit or is not understood.
             PrefixNotConsumedError: The base did not read the prefix, or has not called a module in `modules_to_save`.
         """
-        arguments = self._injection.understood(args, kwargs)
-        if self._disabled:
-            require_no_prefix(arguments)
-            return self.base(**arguments)
-        arguments = without_repeats(arguments)
-        if self.training and self._label_only_logits and self._takes_labels_only(arguments):
-            labelled = self._label_logits.pass_with(arguments)
-            with self._acting(labelled.arguments, more=[labelled.intervention]):
-                return labelled.finished(self.base(**labelled.arguments))
-        with self._acting(arguments):
-            return self.base(**arguments)
+        return self._run(self.base, self._injection.understood(args, kwargs), prefix_names)
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -98,19 +91,13 @@ class RunningModel(WrappedModel):
     def base_model(self) -> Any:
         """The base without its head, as transformers calls it, with the active prefix.
 
-        Called with the arguments of the base's own `base_model`, it returns that one's output. The base itself is
-        `base`.
+        Called with the arguments of the base's own `base_model` (and `prefix_names`), it returns that one's output. The
+        base itself is `base`.
         """
         part = cast("PreTrainedModel", self.base.base_model)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            arguments = self._injection.understood_by(part, args, kwargs)
-            if self._disabled:
-                require_no_prefix(arguments)
-                return part(**arguments)
-            arguments = without_repeats(arguments)
-            with self._acting(arguments):
-                return part(**arguments)
+        def run(*args: Any, prefix_names: PrefixNames | None = None, **kwargs: Any) -> Any:
+            return self._run(part, self._injection.understood_by(part, args, kwargs), prefix_names)
 
         return Headless(part, run)
 
@@ -118,18 +105,19 @@ class RunningModel(WrappedModel):
         """The encoder of an encoder-decoder base, with the active prefix.
 
         Returns:
-            A function that takes the encoder's arguments and returns its output, which can be passed to `forward` and
-            `generate` as `encoder_outputs`. For other bases, what the base returns.
+            A function that takes the encoder's arguments (and `prefix_names`) and returns its output, which can be
+            passed to `forward` and `generate` as `encoder_outputs`. For other bases, what the base returns.
         """
         encoder: Any = cast("Any", self.base).get_encoder(*args, **kwargs)
         known: Any = self._injection.structure.encoder
         if known is None or encoder is not known:
             return encoder
 
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            if self._disabled:
+        def encode(*args: Any, prefix_names: PrefixNames | None = None, **kwargs: Any) -> Any:
+            readers = self._readers(prefix_names, dict(zip(("inputs",), args, strict=False)) | kwargs)
+            if readers is None:
                 return encoder(*args, **kwargs)
-            with self._injection.encoding(self._call({})):
+            with self._injection.encoding(self._call(readers, {})):
                 return encoder(*args, **kwargs)
 
         return encode
@@ -163,45 +151,77 @@ class RunningModel(WrappedModel):
             )
         self._label_only_logits = value
 
-    def _takes_labels_only(self, arguments: Mapping[str, Any]) -> bool:
+    def _run(self, part: PreTrainedModel, arguments: dict[str, Any], names: PrefixNames | None) -> Any:
+        """The base, or a part of it, with the prefixes of its rows."""
+        readers = self._readers(names, arguments)
+        if readers is None:
+            require_no_prefix(arguments)
+            with outside_of_calls(), base_weights():
+                return part(**arguments)
+        arguments = without_repeats(arguments)
+        if part is self.base and self.training and self._takes_labels_only(readers, arguments):
+            labelled = self._label_logits.pass_with(arguments)
+            with self._acting(readers, labelled.arguments, more=[labelled.intervention]):
+                return labelled.finished(part(**labelled.arguments))
+        with self._acting(readers, arguments):
+            return part(**arguments)
+
+    def _takes_labels_only(self, readers: Readers, arguments: Mapping[str, Any]) -> bool:
         # A head of the prefix's own works only inside of a pass.
-        return not self.prefixes.weights().module_names and self._label_logits.applies_to(arguments)
+        return self._label_only_logits and not readers.weights.module_names and self._label_logits.applies_to(arguments)
+
+    def _readers(self, names: PrefixNames | None, arguments: Mapping[str, Any]) -> Readers | None:
+        """Who reads which prefix in a call with these arguments; `None` if nobody reads one."""
+        if names is None and self._disabled:
+            return None
+        entries = [self.prefixes.entry()] if names is None else named_entries(self.prefixes, names, arguments)
+        if self._disabled or all(entry is None for entry in entries):
+            return None
+        return Readers(self.prefixes, entries)
 
     @contextmanager
     def _acting(
-        self, arguments: Mapping[str, Any], padding_mask: bool = True, more: Sequence[Intervention] = ()
+        self,
+        readers: Readers,
+        arguments: Mapping[str, Any],
+        padding_mask: bool = True,
+        more: Sequence[Intervention] = (),
     ) -> Iterator[None]:
-        """While this is open, the base runs with the active prefix and its modules."""
+        """While this is open, the base runs with its rows' prefixes and their modules."""
         if self.base.training and not torch.compiler.is_compiling():
             require_no_wrapped_layers(self._injection.stacks)
-        call = self._call(arguments if padding_mask else {})
-        with self.prefixes.weights().in_place(self.base), self._injection.injected(call, arguments, more):
+        call = self._call(readers, arguments if padding_mask else {})
+        with readers.weights.in_place(self.base), self._injection.injected(call, arguments, more):
             yield
             require_called()
 
-    def _call(self, arguments: Mapping[str, Any]) -> PrefixCall:
-        """The active prefix, for one call of the base."""
-        name, config, module = self.prefixes.in_use()
+    def _call(self, readers: Readers, arguments: Mapping[str, Any]) -> PrefixCall:
+        """The rows' prefixes, for one call of the base."""
+        if readers.vary:
+            self._require_mixing()
         # With positions of the user's own, padding is the user's business.
         counts = self._injection.structure.encoder is None and arguments.get("position_ids") is None
         mask = arguments.get("attention_mask") if counts else None
         return PrefixCall(
-            states=self.prefixes.states(),
-            length=config.num_virtual_tokens,
-            sites=config.sites or (),
-            owner=self._owner(name, module),
-            sliding=config.sliding_window,
+            states=readers.states(self.base, self._injection.structure),
+            prefixes=readers.prefixes,
             padding_mask=mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
         )
 
-    def _owner(self, name: str, module: nn.Module) -> Owner:
-        """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
-        if not torch.compiler.is_compiling():  # versions are not seen there
-            version = sum(0 if p.is_inference() else p._version for p in module.parameters())
-            label = f"{name!r} of model {id(self):x}.{self._fillings}.{version}"
-            if name not in self._owners or self._owners[name].label != label:
-                self._owners[name] = Owner(label)
-        return self._owners[name]
+    def _require_mixing(self) -> None:
+        """Check, by trying it once, that rows of this base can have prefixes of different lengths.
+
+        Raises:
+            UnsupportedModelError: They cannot.
+        """
+        if self._mixes is None:
+            with readable(self.base):
+                self._mixes = rows_are_independent(self.base, self._injection, self.geometry)
+        if not self._mixes:
+            raise UnsupportedModelError(
+                f"{type(self.base).__name__} counts positions in a way of its own, so rows with prefixes of different "
+                "lengths cannot be in one batch. Give each row a prefix of the same length, or run them apart."
+            )
 
 
 def require_no_prefix(arguments: Mapping[str, Any]) -> None:

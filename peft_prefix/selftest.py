@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .backbone import backbone_of
 from .cache import KeyValue
-from .call import PrefixCall
+from .call import PrefixCall, RowPrefix
 from .errors import PrefixWarning, UnsupportedModelError
 from .example_inputs import ordinary_ids, source_inputs
 from .geometry import Geometry
@@ -29,6 +29,8 @@ from .structure import evaluation_mode, give_cache
 
 _P = 2
 """Virtual tokens of the tried prefix."""
+_LENGTHS = (1, 3, 0)
+"""Virtual tokens of rows that are tried together."""
 _PADDING = 8
 """Padding tokens on the left that must not matter."""
 
@@ -64,6 +66,17 @@ def check_base(base: PreTrainedModel, injection: Injection, geometry: Geometry) 
         stacklevel=5,
     )
     return geometry.only(["decoder", "cross"])
+
+
+def rows_are_independent(base: PreTrainedModel, injection: Injection, geometry: Geometry) -> bool:
+    """Whether a row of this base gives the same beside rows with longer prefixes, or with none, as it gives alone."""
+    if not can_run(base):
+        return True  # there is nothing to compute with
+    with evaluation_mode(base), torch.no_grad():
+        try:
+            return _Trial(base, injection).mixture(geometry)
+        except (ValueError, RuntimeError):
+            return False  # it takes no such masks
 
 
 class _Trial:
@@ -128,6 +141,38 @@ class _Trial:
         actual = self._hidden({"encoder_outputs": rest, **target}, cross=_cut(states, slice(0, _P)))
         self._require(_equal(actual, expected), "cross")
 
+    def mixture(self, geometry: Geometry) -> bool:
+        """Rows of the same text with prefixes of different lengths, together and alone."""
+        rows, p = len(_LENGTHS), max(_LENGTHS)
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(heads: int, width: int) -> torch.Tensor:
+            return torch.randn(rows, heads, p, width, generator=generator).to(self.ids.device, self.base.dtype)
+
+        states = {
+            site: [
+                None if one is None else (noise(one.kv_heads, one.key_width), noise(one.kv_heads, one.value_width))
+                for one in layers
+            ]
+            for site, layers in geometry.sites.items()
+        }
+        return all(self._same_alone(self.ids[:, :length].expand(rows, -1), states) for length in (5, 1))
+
+    def _same_alone(self, ids: torch.Tensor, states: dict[str, list[KeyValue | None]]) -> bool:
+        p, owner = max(_LENGTHS), Owner("the self-test")
+        side = "" if self.structure.encoder is None else "decoder_"
+        inputs = {**(source_inputs(self.base, ids) if side else {}), f"{side}input_ids": ids}
+        prefixes = [RowPrefix(length, tuple(states), owner) for length in _LENGTHS]
+        together = self._hidden(inputs, PrefixCall(states=lambda _: states, prefixes=prefixes))
+        for row, length in enumerate(_LENGTHS):
+            own = {site: _cut(layers, slice(p - length, None), slice(row, row + 1)) for site, layers in states.items()}
+            alone = self._hidden(
+                {name: value[row : row + 1] for name, value in inputs.items()}, self._call(**own) if length else None
+            )
+            if not _equal(together[row : row + 1], alone, 1e-3):
+                return False
+        return True
+
     def encoder(self) -> bool:
         """Two of an encoder's tokens as its prefix, the others as text.
 
@@ -172,15 +217,17 @@ class _Trial:
         with intervening([give_cache(self.structure.decoder, cache)]):
             return self._hidden(arguments)
 
-    def _hidden(self, arguments: dict[str, Any], **states: Sequence[KeyValue | None]) -> torch.Tensor:
+    def _hidden(
+        self, arguments: dict[str, Any], call: PrefixCall | None = None, **states: Sequence[KeyValue | None]
+    ) -> torch.Tensor:
         """The decoder's last hidden states, whatever head comes behind it."""
         found: list[torch.Tensor] = []
         with ExitStack() as stack:
-            if states:
-                call = self._call(**states)
+            call = self._call(**states) if states else call
+            if call is not None:
                 call.padding_mask = arguments.get("attention_mask")
                 stack.enter_context(self.injection.injected(call, arguments))
-            if not states:
+            else:
                 first = self.structure.decoder.register_forward_pre_hook(self._note_first_position, with_kwargs=True)
                 stack.callback(first.remove)
             # Registered last, so that it sees what the decoder's caller sees.
@@ -197,7 +244,8 @@ class _Trial:
             self.injection.decoder.first_position = int(positions[0, 0])
 
     def _call(self, **states: Sequence[KeyValue | None]) -> PrefixCall:
-        return PrefixCall(states=lambda rows: states, length=_P, sites=tuple(states), owner=Owner("the self-test"))
+        length = next(layer[0].shape[2] for layers in states.values() for layer in layers if layer is not None)
+        return PrefixCall(lambda rows: states, [RowPrefix(length, tuple(states), Owner("the self-test"))])
 
     def _require(self, equal: bool, site: str) -> None:
         if not equal:
@@ -214,8 +262,8 @@ def _noise(states: torch.Tensor) -> torch.Tensor:
     return noise * states.float().std().clamp(min=0.1).to(states)
 
 
-def _cut(states: Sequence[KeyValue | None], part: slice) -> list[KeyValue | None]:
-    return [None if layer is None else (layer[0][:, :, part], layer[1][:, :, part]) for layer in states]
+def _cut(states: Sequence[KeyValue | None], part: slice, rows: slice = slice(None)) -> list[KeyValue | None]:
+    return [None if layer is None else (layer[0][rows, :, part], layer[1][rows, :, part]) for layer in states]
 
 
 def _equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-2) -> bool:

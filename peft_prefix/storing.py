@@ -14,8 +14,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
+from .bank import BankEntry
 from .config import PrefixConfig
-from .errors import IncompatibleBaseError, PrefixFileError, PrefixInputError, PrefixWarning, some_of
+from .errors import (
+    IncompatibleBaseError,
+    PrefixConfigError,
+    PrefixFileError,
+    PrefixInputError,
+    PrefixWarning,
+    some_of,
+)
 from .generating import GeneratingModel
 from .hub import locate_prefix
 from .modules_to_save import ModuleWeights
@@ -42,13 +50,16 @@ class StoringModel(GeneratingModel):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         *,
+        prefix_name: str | None = None,
         dtype: torch.dtype = torch.float32,
         repo_id: str | None = None,
         token: str | bool | None = None,
         max_shard_size: int | str | None = None,
         save_function: Callable[..., Any] | None = None,
     ) -> None:
-        """Save the active prefix: `prefix.safetensors` and `prefix_config.json`.
+        """Save one prefix, the active one if none is named: `prefix.safetensors` and `prefix_config.json`.
+
+        Where none is active, all that are trained are saved, each in a folder of its name.
 
         In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
         saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
@@ -61,6 +72,7 @@ class StoringModel(GeneratingModel):
             is_main_process: With several processes, whether this one writes.
             state_dict: The training state, if the caller has gathered it already (`accelerator.get_state_dict(model)`).
             push_to_hub: Upload the folder to `repo_id` afterwards.
+            prefix_name: Which prefix.
             dtype: Floating-point dtype of `prefix.safetensors`.
             repo_id: Repository on the Hub; by default named like the folder.
             token: Access token for the Hub.
@@ -68,26 +80,32 @@ class StoringModel(GeneratingModel):
             save_function: Ignored: a prefix is always safetensors. (`accelerator.save` is passed in many scripts.)
 
         Raises:
+            PrefixConfigError: There is no prefix of that name.
             PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
             PrefixInputError: The prefix is spread over several processes, and `state_dict` lacks it.
         """
         if not is_main_process and state_dict is not None:
             return
+        chosen = self._to_be_saved(prefix_name)
         state = self._gathered(state_dict)
         if not is_main_process:
             return
         directory = Path(save_directory)
-        name, config, _ = self.prefixes.in_use()
-        checkpoint.write_prefix(
-            directory,
-            self.prefixes.saved({key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}),
-            config,
-            self.geometry.only(config.sites or ()),
-            self._fingerprint(name),
-            dtype,
-        )
+        numbers = {key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}
+        for folder, entry in chosen.items():
+            checkpoint.write_prefix(
+                directory / folder,
+                self.prefixes.saved(entry, numbers),
+                entry.config,
+                entry.module.geometry,
+                self._fingerprint(entry),
+                dtype,
+            )
+            entry.saved_as = entry.owner(self.prefixes)
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
             checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state)
+        else:
+            self._warn_of_unsaved()
         if push_to_hub:
             self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
 
@@ -146,6 +164,7 @@ class StoringModel(GeneratingModel):
         name: str = DEFAULT_PREFIX,
         *,
         is_trainable: bool = False,
+        device: torch.device | str | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -154,16 +173,29 @@ class StoringModel(GeneratingModel):
     ) -> None:
         """Load another prefix beside those that are there.
 
-        It is used after `set_prefix(name)`, or at once if it is the first.
+        It is used after `set_prefix(name)` or where `prefix_names` says so, and at once if it is the first. A frozen
+        one takes as much memory as its file, in the file's dtype.
 
-        Args: as `from_pretrained`.
+        Args:
+            prefix_name_or_path: As in `from_pretrained`, like the others.
+            name: Name of the prefix in the model.
+            is_trainable: Whether to train it further.
+            device: Where the numbers of a frozen prefix stay, for example `"cpu"` for many prefixes on a base that
+                computes elsewhere: each call copies those that it reads. By default they are where the base is.
+            revision: Branch, tag or commit on the Hub.
+            subfolder: Folder inside `prefix_name_or_path`.
+            token: Access token for the Hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Never contact the Hub.
 
         Raises:
-            PrefixConfigError: The name is taken.
+            PrefixConfigError: The name is taken, or a device is given for a prefix that is to be trained.
             PrefixFileError: The file is missing, damaged, no prefix, or contains NaN.
             IncompatibleBaseError: The base has other layers, heads or widths.
         """
         self.prefixes.check_new(name)
+        if is_trainable and device is not None:
+            raise PrefixConfigError("A prefix that is trained is where its base is: leave device out.")
         file = locate_prefix(
             prefix_name_or_path,
             revision=revision,
@@ -188,18 +220,20 @@ class StoringModel(GeneratingModel):
                 PrefixWarning,
                 stacklevel=2,
             )
-        self._install(name, config, tensors, weights, is_trainable)
-        self.prefixes.active = self.prefixes.active or name
+        is_first = not self.prefixes.entries
+        self._install(name, config, tensors, weights, is_trainable, None if device is None else torch.device(device))
+        if is_first:
+            self.prefixes.active = name
         self._fingerprints[name] = own
 
-    def prefix_state_dict(self) -> PrefixTensors:
-        """What a file of the active prefix contains, detached and named as there.
+    def prefix_state_dict(self, prefix_name: str | None = None) -> PrefixTensors:
+        """What the file of a prefix contains, the active one if none is named; detached and named as there.
 
         Plain keys `(H, p, Dk)` and values `(H, p, Dv)`, and with `modules_to_save` the weights of those modules, whose
         names begin with `modules_to_save.`. Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of
         them must call this.
         """
-        return self.prefixes.saved()
+        return self.prefixes.saved(self.prefixes.entry(prefix_name))
 
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
@@ -240,7 +274,8 @@ class StoringModel(GeneratingModel):
                 "the PrefixConfig that the training was started with."
             )
         own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
-        self._fillings += 1
+        for entry in self.prefixes.entries.values():
+            entry.fillings += 1
         return self.prefixes.load_state_dict(own, strict=is_complete, assign=assign)
 
     def _gathered(self, state: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -260,17 +295,43 @@ class StoringModel(GeneratingModel):
         return {key: state.get(key, tensor).detach() for key, tensor in own.items()}
 
     def _install(
-        self, name: str, config: PrefixConfig, tensors: PrefixTensors, weights: ModuleWeights, trainable: bool = True
+        self,
+        name: str,
+        config: PrefixConfig,
+        tensors: PrefixTensors,
+        weights: ModuleWeights,
+        trainable: bool = True,
+        stays_on: torch.device | None = None,
     ) -> None:
         devices = layer_devices(self.base, self._injection.structure)
-        self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable)
-        self._owner(name, self.prefixes[name])
+        self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable, stays_on)
 
-    def _fingerprint(self, name: str) -> str | None:
+    def _to_be_saved(self, prefix_name: str | None) -> dict[str, BankEntry]:
+        """The prefixes to save, by the folder inside of the given one."""
+        trained = {name: entry for name, entry in list(self.prefixes.entries.items()) if entry.is_trained}
+        if prefix_name is None and self.prefixes.active is None and trained:
+            return trained
+        return {"": self.prefixes.entry(prefix_name)}
+
+    def _warn_of_unsaved(self) -> None:
+        unsaved = [
+            name
+            for name, entry in list(self.prefixes.entries.items())
+            if entry.is_trained and entry.saved_as != entry.owner(self.prefixes)
+        ]
+        if unsaved:
+            warnings.warn(
+                f"The prefixes {some_of(map(repr, unsaved))} have been trained and are not saved here. Save each with "
+                "save_pretrained(folder, prefix_name=...), or all at once after set_prefix(None).",
+                PrefixWarning,
+                stacklevel=3,
+            )
+
+    def _fingerprint(self, entry: BankEntry) -> str | None:
         """What identifies the base's weights; what was known of them, once they are spread over processes."""
-        without = self.prefixes.configs[name].modules_to_save or ()
-        self._fingerprints[name] = checkpoint.weights_fingerprint(self.base, without) or self._fingerprints.get(name)
-        return self._fingerprints[name]
+        now = checkpoint.weights_fingerprint(self.base, entry.config.modules_to_save or ())
+        self._fingerprints[entry.name] = now or self._fingerprints.get(entry.name)
+        return self._fingerprints[entry.name]
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()

@@ -75,7 +75,7 @@ def after_tokens(
 def model_with_states(base: PreTrainedModel, states: States, p: int, **config: object) -> PrefixModel:
     """A model whose prefix holds given keys and values `(1, H, p, D)`, and which has no other sites."""
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=p, init="zeros", sites=tuple(states), **config))
-    _, _, parameterization = model.prefixes.in_use()
+    parameterization = model.prefixes.entry().module
     parameterization.start_from(tensors_from_states(states, model.geometry.only(states), p))
     return model
 

@@ -92,7 +92,7 @@ def test_saving_overwrites_and_a_subfolder_can_be_read(saved: Path) -> None:
     other = get_prefix_model(FAMILIES["llama"].build(), PrefixConfig(num_virtual_tokens=2))
     other.save_pretrained(saved)
     loaded = PrefixModel.from_pretrained(FAMILIES["llama"].build(), saved.parent, subfolder="prefix")
-    assert loaded.prefixes.configs["default"].num_virtual_tokens == 2
+    assert loaded.prefixes.entry("default").config.num_virtual_tokens == 2
 
 
 def test_another_geometry_is_refused(saved: Path) -> None:
@@ -151,7 +151,8 @@ def test_a_training_checkpoint_is_never_written_over_a_models_weights(tmp_path: 
 def test_a_frozen_prefix_needs_no_network(tmp_path: Path) -> None:
     random_model(FAMILIES["llama"].build(), reparameterization="mlp").save_pretrained(tmp_path)
     frozen, trained = (load(tmp_path, is_trainable=trainable) for trainable in (False, True))
-    assert sum(parameter.numel() for parameter in frozen.prefixes.parameters()) == 768
+    assert not list(frozen.prefixes.parameters())
+    assert sum(rows.numel() for rows in frozen.prefixes.entry().module.stored.values()) == 768
     assert sum(parameter.numel() for parameter in trained.prefixes.parameters()) > 100_000
 
 

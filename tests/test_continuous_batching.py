@@ -81,7 +81,7 @@ def test_the_prefixs_own_modules_act_in_the_managers_thread() -> None:
     config = dict(modules_to_save=["lm_head"])
     model = random_model(FAMILIES["llama"].build("sdpa"), **config)
     with torch.no_grad():
-        for parameter in model.prefixes.weights().parameters():
+        for parameter in model.prefixes.entry().weights.parameters():
             parameter.mul_(-1)
     assert generated(model, requests()) == [alone(model, text) for text in requests()]
 
@@ -215,7 +215,7 @@ def test_a_manager_generates_as_many_tokens_as_it_was_told() -> None:
 
 def test_running_requests_keep_their_modules() -> None:
     model = random_model(FAMILIES["llama"].build("sdpa"), modules_to_save=["lm_head"])
-    own = dict(model.prefixes.weights().named_parameters())
+    own = dict(model.prefixes.entry().weights.named_parameters())
     served = dict(model._requests()._weights.named_parameters())
     with torch.no_grad():
         own["lm_head.weight"].zero_()

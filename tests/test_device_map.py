@@ -156,7 +156,7 @@ def test_every_layer_has_its_prefix_on_its_own_device(family: str) -> None:
         assert places["decoder", attention.index] == torch.device(f"cuda:{number}")
     assert {device for (site, _), device in places.items() if site != "decoder"} <= {CPU}
 
-    _, _, module = model.prefixes.in_use()
+    module = model.prefixes.entry().module
     module.spread({("decoder", 1): torch.device("meta")})
     moved = {name for name, parameter in module.named_parameters() if parameter.is_meta}
     assert moved == {"decoder.layers.1.key", "decoder.layers.1.value"}

@@ -294,5 +294,5 @@ def test_a_decoder_reads_what_the_encoder_with_its_prefix_has_written() -> None:
 def _signed(model: PrefixModel, encoded: Any) -> Any:
     from peft_prefix.ownership import sign_encoding
 
-    sign_encoding(encoded, model._call({}).owner)
+    sign_encoding(encoded, model.prefixes.entry().owner(model.prefixes))
     return encoded

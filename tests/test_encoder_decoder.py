@@ -45,12 +45,12 @@ def logits(model: PreTrainedModel, **more: Any) -> torch.Tensor:
 
 def test_all_sites_are_the_default_and_any_subset_can_be_chosen() -> None:
     base = FAMILIES["bart"].build()
-    assert get_prefix_model(base).prefixes.configs["default"].sites == SITES
+    assert get_prefix_model(base).prefixes.entry("default").config.sites == SITES
     for sites in (["cross"], ["decoder", "encoder"]):
         model = random_model(base, sites=sites)
         names = {name.split(".")[0] for name in model.prefix_state_dict()}
         assert names == set(sites)
-        assert model.prefixes.configs["default"].sites == tuple(site for site in SITES if site in sites)
+        assert model.prefixes.entry("default").config.sites == tuple(site for site in SITES if site in sites)
 
 
 def test_a_site_that_the_base_does_not_have_is_an_error() -> None:
@@ -66,7 +66,7 @@ def test_every_site_acts_by_itself_and_all_sites_act_together(family: str) -> No
     results = [logits(base), logits(whole)]
     for site in SITES:
         alone = random_model(base, sites=[site])
-        alone.prefixes.in_use()[2].start_from(tensors)
+        alone.prefixes.entry().module.start_from(tensors)
         results.append(logits(alone))
     for index, one in enumerate(results):
         for other in results[:index]:
@@ -77,7 +77,7 @@ def test_a_subset_is_saved_and_loaded(tmp_path: Path) -> None:
     model = random_model(FAMILIES["t5"].build(), sites=["encoder", "cross"])
     model.save_pretrained(tmp_path)
     loaded = PrefixModel.from_pretrained(FAMILIES["t5"].build(), tmp_path)
-    assert loaded.prefixes.configs["default"].sites == ("encoder", "cross")
+    assert loaded.prefixes.entry("default").config.sites == ("encoder", "cross")
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(IncompatibleBaseError, match="does not fit"):
         PrefixModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
@@ -246,7 +246,7 @@ def test_a_classifier_is_trained_and_saved_with_all_sites(head: str, tmp_path: P
     classifier = Family(family.config, head, {**family.kwargs, "num_labels": 3, "classifier_dropout": 0.0})
     model = random_model(classifier.build())
     ids = torch.cat([tokens(4, 8), torch.full((4, 1), 2)], dim=1)  # these heads read the end token
-    assert model.prefixes.configs["default"].modules_to_save == ("classification_head",)
+    assert model.prefixes.entry("default").config.modules_to_save == ("classification_head",)
     with torch.no_grad():
         plain, before = model.base(input_ids=ids).logits, model(input_ids=ids).logits
     assert (plain - before).abs().max() > 1e-3

@@ -136,7 +136,7 @@ def test_a_prefix_can_be_filled_anew(reparameterization: str) -> None:
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3, reparameterization=reparameterization))
     model.initialize_prefix(text="w5 w9 w7", tokenizer=tokenizer())
     assert_holds(model, cache_of(base, torch.tensor([[5, 9, 7]])))
-    assert model.prefixes.configs["default"].init_text == "w5 w9 w7"
+    assert model.prefixes.entry("default").config.init_text == "w5 w9 w7"
     model.initialize_prefix(input_ids=tokens(1, 3))
     assert_holds(model, cache_of(base, tokens(1, 3)))
     cache = cache_of(base, tokens(1, 3, seed=9))

@@ -106,8 +106,48 @@ def test_masks_of_recurrent_layers_stay_as_they_are() -> None:
 def test_a_mask_that_many_layers_share_is_made_once() -> None:
     masks, columns = WideMasks(), PrefixColumns(2)
     one, other = torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 4)
-    first = masks.widened(one, columns)
+    states = torch.zeros(1, 3, 8)
+    first = masks.widened(one, columns, 3, states)
     assert first.shape == (1, 1, 3, 5)
-    assert masks.widened(other, columns).shape == (1, 1, 3, 6)
-    assert masks.widened(one, columns) is first
-    assert masks.widened(None, columns) is None
+    assert masks.widened(other, columns, 4, states).shape == (1, 1, 3, 6)
+    assert masks.widened(one, columns, 3, states) is first
+    assert masks.widened(None, columns, 3, states) is None
+
+
+def test_where_prefixes_differ_in_length_what_is_missing_is_hidden() -> None:
+    columns = PrefixColumns(3, lengths=torch.tensor([1, 3, 0]))
+    there = [[0, 0, 1], [1, 1, 1], [0, 0, 0]]
+    assert with_prefix_columns(torch.ones(3, 2), columns, NEW, None)[:, :3].tolist() == there
+    whole = with_prefix_columns(None, columns, NEW, None)
+    assert whole.shape == (3, 1, 3, 6)
+    assert whole[:, 0, 0].long().tolist() == [[*row, 1, 0, 0] for row in there]
+    masks, states = WideMasks(), torch.zeros(3, 2, 8)
+    made = masks.widened(None, columns, 4, states)
+    assert (made[:, 0, 1] == 0).long().tolist() == [[*row, 1, 1, 1, 1] for row in there]
+    assert masks.widened(None, columns, 4, states) is made
+    assert masks.widened(None, columns, 5, states).shape[-1] == 8
+    assert WideMasks("flash_attention_2").widened(None, columns, 1, states).tolist() == [[*row, 1] for row in there]
+
+
+def test_each_row_has_the_windows_that_its_prefix_wants() -> None:
+    class Config:
+        sliding_window = 3
+
+    lengths, pinned = torch.tensor([1, 2, 2]), torch.tensor([False, False, True])
+    positions = torch.arange(3)[None, :] + lengths[:, None]
+    columns = PrefixColumns(2, lengths=lengths, positions=positions, text_config=Config(), pinned=pinned)
+    near = columns.visible("sliding_attention")
+    assert near[:, 0].long().tolist() == [
+        [[0, 1], [0, 1], [0, 0]],
+        [[1, 1], [0, 1], [0, 0]],
+        [[1, 1], [1, 1], [1, 1]],
+    ]
+    assert columns.visible("full_attention")[:, 0].long().tolist() == [[[0, 1]], [[1, 1]], [[1, 1]]]
+
+
+def test_padding_is_what_no_token_sees() -> None:
+    visible = torch.ones(2, 2, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    visible[0, :, :, 0] = False
+    assert leading_padding(visible).tolist() == [1, 0]
+    assert leading_padding(torch.where(visible, 0.0, -1e30)).tolist() == [1, 0]
+    assert leading_padding(torch.tensor([[0, 0, 1], [1, 0, 1]])).tolist() == [2, 0]

@@ -100,7 +100,7 @@ def disturb(model: PrefixModel, seed: int = 5) -> None:
     """Move all weights of the active prefix's modules, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.prefixes.weights().parameters():
+        for parameter in model.prefixes.entry().weights.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
 
 
@@ -191,7 +191,7 @@ def test_the_gradient_of_the_head_is_that_of_a_base_trained_with_the_prefix_as_t
     (answers(model(input_ids=text)) * weight).sum().backward()
     expected = answers(reference(input_ids=torch.cat([prefix.expand(2, -1), text], dim=1)))
     ((expected if "Sequence" in head else expected[:, p:]) * weight).sum().backward()
-    for name, parameter in model.prefixes.weights().named_parameters():
+    for name, parameter in model.prefixes.entry().weights.named_parameters():
         torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_a_bare_backbone_is_prefixed_without_a_head() -> None:
     with torch.no_grad():
         expected = base(input_ids=torch.cat([prefix.expand(2, -1), text], dim=1)).last_hidden_state[:, 3:]
         assert_equal_answers(model(input_ids=text).last_hidden_state, expected)
-    assert model.prefixes.configs["default"].modules_to_save == ()
+    assert model.prefixes.entry("default").config.modules_to_save == ()
     with pytest.raises(PrefixInputError, match="LlamaModel has no language model's head and cannot generate"):
         model.generate(text)
 
@@ -314,7 +314,7 @@ def test_each_prefix_has_a_head_of_its_own() -> None:
 def test_the_weights_of_the_prefix_act_as_if_they_were_the_bases() -> None:
     base = classifier()
     model = with_head(base, modules_to_save=["score", "norm", "layers.1.mlp"])
-    assert model.prefixes.configs["default"].modules_to_save == ("model.layers.1.mlp", "model.norm", "score")
+    assert model.prefixes.entry("default").config.modules_to_save == ("model.layers.1.mlp", "model.norm", "score")
     disturb(model)
     changed = copy.deepcopy(base)
     changed.load_state_dict({**base.state_dict(), **trained(model)})
@@ -339,7 +339,7 @@ def test_a_language_models_own_parts_can_be_trained_too() -> None:
         disabled = model.generate(text, max_new_tokens=8, do_sample=False)
     assert torch.equal(disabled, base.generate(text, max_new_tokens=8, do_sample=False))
     assert not torch.equal(disabled, model.generate(text, max_new_tokens=8, do_sample=False))
-    assert with_head(base).prefixes.configs["default"].modules_to_save == ()
+    assert with_head(base).prefixes.entry("default").config.modules_to_save == ()
 
 
 def test_a_tied_parameter_is_trained_where_it_is_named() -> None:
@@ -409,7 +409,7 @@ def test_the_heads_dropout_follows_the_models_mode() -> None:
     base = HEADS["llama-TokenClassification"].build()
     base.score = nn.Sequential(nn.Dropout(0.5), base.score)
     model, text = with_head(base), tokens(1, 6)
-    assert model.prefixes.configs["default"].modules_to_save == ("score",)
+    assert model.prefixes.entry("default").config.modules_to_save == ("score",)
     assert set(trained(model)) == {"score.1.weight", "score.1.bias"}
     with torch.no_grad():
         assert torch.equal(model(input_ids=text).logits, model(input_ids=text).logits)
@@ -459,8 +459,8 @@ def test_a_pass_that_ends_leaves_those_that_still_run_alone(hooked: bool) -> Non
     set_before = set(vars(base.score))
     with torch.no_grad():
         own = base.score(states)
-        with models[0].prefixes.weights().in_place(base):
-            with models[1].prefixes.weights().in_place(base):
+        with models[0].prefixes.entry().weights.in_place(base):
+            with models[1].prefixes.entry().weights.in_place(base):
                 assert_equal_answers(base.score(states), expected[1])
             assert_equal_answers(base.score(states), expected[0])
         assert torch.equal(base.score(states), own)
@@ -475,7 +475,7 @@ def test_weights_are_trained_in_float32_and_act_in_the_bases_precision(dtype: to
     with torch.no_grad():
         assert torch.equal(model(input_ids=text).logits, plain(input_ids=text).logits)
     model(input_ids=text, labels=torch.tensor([0, 1])).loss.backward()
-    weight = model.prefixes.weights().get_parameter("score.weight")
+    weight = model.prefixes.entry().weights.get_parameter("score.weight")
     assert weight.dtype == weight.grad.dtype == torch.float32
     before = weight.detach().clone()
     with torch.no_grad():
@@ -489,13 +489,13 @@ def test_gradient_checkpointing_of_a_trained_module_is_refused() -> None:
     for module in base.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
-    weights = model.prefixes.weights()
+    weights = model.prefixes.entry().weights
     with (
         pytest.raises(PrefixInputError, match=r"would compute 'model.layers.1.mlp' a second time"),
         weights.in_place(base),
     ):
         pass
-    with with_head(base, modules_to_save=["lm_head"]).train().prefixes.weights().in_place(base):
+    with with_head(base, modules_to_save=["lm_head"]).train().prefixes.entry().weights.in_place(base):
         pass
 
 
@@ -528,7 +528,7 @@ def test_names_must_be_a_list(value: Any) -> None:
 
 def test_what_lies_inside_a_named_module_is_trained_once() -> None:
     model = with_head(classifier(), modules_to_save=["mlp", "model.layers.0.mlp.up_proj", "model.layers.0.mlp"])
-    assert model.prefixes.configs["default"].modules_to_save == tuple(f"model.layers.{i}.mlp" for i in range(3))
+    assert model.prefixes.entry("default").config.modules_to_save == tuple(f"model.layers.{i}.mlp" for i in range(3))
     disturb(model)
     model(input_ids=tokens(1, 5)).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.prefixes.parameters())
@@ -562,7 +562,7 @@ def test_a_module_that_the_base_does_not_call_is_noticed() -> None:
     with_another_part = classifier()
     with_another_part.unused = nn.Linear(2, 2)
     model = with_head(with_another_part)
-    assert model.prefixes.configs["default"].modules_to_save == ("score", "unused")
+    assert model.prefixes.entry("default").config.modules_to_save == ("score", "unused")
     with pytest.raises(PrefixNotConsumedError, match="ran without calling unused"):
         model(input_ids=tokens(1, 4))
 
@@ -584,7 +584,7 @@ def test_saved_equals_loaded(head: str, is_trainable: bool, reparameterization: 
     disturb(model)
     model.save_pretrained(tmp_path)
     fresh = HEADS[head].build()
-    for name in model.prefixes.configs["default"].modules_to_save or ():  # a fresh head is another one each time
+    for name in model.prefixes.entry("default").config.modules_to_save or ():  # a fresh head is another one each time
         for parameter in fresh.get_submodule(name).parameters():
             nn.init.normal_(parameter)
     loaded = PrefixModel.from_pretrained(fresh, tmp_path, is_trainable=is_trainable)
@@ -592,7 +592,7 @@ def test_saved_equals_loaded(head: str, is_trainable: bool, reparameterization: 
     with torch.no_grad():
         assert torch.equal(answers(loaded(input_ids=text)), answers(model(input_ids=text)))
     assert {p.requires_grad for p in loaded.prefixes.parameters()} == {is_trainable}
-    assert loaded.prefixes.configs == model.prefixes.configs
+    assert loaded.prefixes.entry().config == model.prefixes.entry().config
     for name, tensor in model.prefix_state_dict().items():
         assert torch.equal(loaded.prefix_state_dict()[name], tensor)
 
@@ -608,12 +608,12 @@ def test_the_file_holds_the_modules_beside_keys_and_values(tmp_path: Path) -> No
     description = json.loads((tmp_path / "prefix_config.json").read_text())
     assert description["modules_to_save"] == ["score"]
     with torch.no_grad():
-        model.prefixes.weights().get_parameter("score.weight")[0, 0] += 1
+        model.prefixes.entry().weights.get_parameter("score.weight")[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
     other = json.loads((tmp_path / "other" / "prefix_config.json").read_text())
     assert other["sha256"] != description["sha256"]
     with torch.no_grad():
-        model.prefixes.weights().get_parameter("score.weight")[0, 0] = float("nan")
+        model.prefixes.entry().weights.get_parameter("score.weight")[0, 0] = float("nan")
     with pytest.raises(PrefixFileError, match=r"modules_to_save.score.weight contain NaN"):
         model.save_pretrained(tmp_path)
 
@@ -650,7 +650,7 @@ def test_a_file_that_names_no_modules_brings_none(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "prefix.safetensors")
     save_file(tensors, tmp_path / "prefix.safetensors", metadata={"peft_prefix": json.dumps(description)})
     loaded = PrefixModel.from_pretrained(base, tmp_path)
-    assert loaded.prefixes.configs["default"].modules_to_save == ()
+    assert loaded.prefixes.entry("default").config.modules_to_save == ()
     assert trained(loaded) == {}
 
 

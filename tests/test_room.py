@@ -71,7 +71,10 @@ def test_copies_go_on_apart(model: PrefixModel, copied: Any) -> None:
         other.layers = [copied(layer) for layer in cache.layers]
         return other
 
-    with torch.no_grad(), model._acting({}):  # one call, as in `generate`, so that the prefix is the same object
+    with (
+        torch.no_grad(),
+        model._acting(model._readers(None, {}), {}),
+    ):  # one call, as in `generate`, so that the prefix is the same object
         run = lambda cache, ids: model.base(input_ids=ids, past_key_values=cache).logits  # noqa: E731
         cache = DynamicCache(config=model.config)
         run(cache, TEXT[:, :6])

@@ -170,7 +170,7 @@ def fsdp(folder: Path) -> dict[str, Any]:
     trainer.model.save_pretrained(folder / "saved" / "by all", is_main_process=is_main())
     found["refusals"] = [
         refusal(lambda: trainer.model.save_pretrained(folder / "saved" / "refused", state_dict={})),
-        refusal(trainer.model.prefixes.states),
+        refusal(lambda: trainer.model.prefixes.require_usable(["default"])),
     ]
     found["prefix in memory"] = {name: tensor.tolist() for name, tensor in trainer.model.prefix_state_dict().items()}
     ids = tokens(2, 7)

@@ -1,0 +1,118 @@
+"""Training many prefixes in the same batches, each as if it were alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
+
+from .errors import PrefixConfigError, PrefixInputError
+from .model import PrefixModel
+from .prefix_names import COLUMN
+from .prompt_target import IGNORED
+
+
+class PrefixBankTrainer(Trainer):
+    """A `Trainer` for mixed batches in which no prefix learns anything about the data of another.
+
+    With the stock `Trainer`, prefixes of one batch meet in two places: the loss is a mean over the tokens of all rows,
+    and gradients are clipped by their norm over all parameters. Here each prefix's gradient is that of the mean over
+    its own target tokens, and `max_grad_norm` is about each prefix for itself. What a prefix becomes then depends on
+    its own rows (and on the learning rate's schedule). In batches of the same shape that holds bit for bit; where other
+    rows change the shape, kernels may round differently.
+
+    The rows of the data set name their prefixes in a column `prefix_names`; see `PrefixNamesCollator` and
+    `PromptTargetCollator`. Everything else is as in the `Trainer`, also the loss that is logged.
+
+    Args:
+        model: The model with the prefixes.
+        args: As in the `Trainer`.
+        *more: As in the `Trainer`.
+        **options: As in the `Trainer`.
+
+    Raises:
+        PrefixConfigError: The model has no prefixes, or DeepSpeed or `torch.nn.DataParallel` would run it.
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *more: Any, **options: Any) -> None:
+        if not isinstance(model, PrefixModel):
+            raise PrefixConfigError("PrefixBankTrainer trains a PrefixModel: make it with get_prefix_model.")
+        super().__init__(model, args, *more, **options)
+        if self.is_deepspeed_enabled or self.args.n_gpu > 1:
+            raise PrefixConfigError(
+                "PrefixBankTrainer reads and scales each prefix's gradients itself, which DeepSpeed and "
+                "torch.nn.DataParallel do not allow. Use one device, or one process for each (accelerate launch)."
+            )
+        self._largest_norm = self.args.max_grad_norm
+        self.args = copy.copy(self.args)
+        self.args.max_grad_norm = 0.0  # all prefixes together would be clipped
+        self._bank = model.prefixes
+        self._targets: Counter[str] = Counter()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The `Trainer`'s optimizer, which separates prefixes before each step."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            optimizer.register_step_pre_hook(lambda *_: self._separate())
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass, of the sum over all target tokens.
+
+        Raises:
+            PrefixInputError: The batch does not say which prefix each row has, or has no labels.
+        """
+        if COLUMN not in inputs or "labels" not in inputs:
+            raise PrefixInputError(
+                f"The batch has no {COLUMN!r} or no 'labels', but {', '.join(inputs)}. The data set needs a column "
+                f"{COLUMN!r}, and a collator that keeps it: PrefixNamesCollator or PromptTargetCollator."
+            )
+        targets = _targets_of(inputs, is_causal=not model_of(model).config.is_encoder_decoder)
+        for name, count in zip(inputs[COLUMN], targets.tolist(), strict=True):
+            if name is not None:
+                self._targets[name] += count
+        total = int(targets.sum())
+        loss = super().training_step(model, inputs, torch.ones((), device=targets.device))
+        return loss / max(total, 1)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; in training the sum over target tokens, whatever the base's loss counts."""
+        if not model.training or self.model_accepts_loss_kwargs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        total = (inputs["labels"] != IGNORED).sum()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * total * self.current_gradient_accumulation_steps  # by which it is divided afterwards
+
+    def _separate(self) -> None:
+        """Make each prefix's gradient that of its own mean, and clip it by its own norm."""
+        targets = self._targets
+        if self.accelerator.num_processes > 1:
+            targets = sum((Counter(one) for one in gather_object([dict(targets)])), Counter())
+        summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
+        processes = 1 if summed else self.accelerator.num_processes
+        for name, count in targets.items():
+            own = [one for one in self._bank[name].parameters() if one.grad is not None]
+            for parameter in own:
+                assert parameter.grad is not None
+                parameter.grad.mul_(processes / max(count, 1))
+            if own and self._largest_norm:
+                nn.utils.clip_grad_norm_(own, self._largest_norm)
+        self._targets = Counter()
+
+
+def model_of(model: nn.Module) -> Any:
+    """The model inside of what wraps it for several processes."""
+    return getattr(model, "module", model)
+
+
+def _targets_of(inputs: Mapping[str, Any], is_causal: bool) -> torch.Tensor:
+    """How many tokens each row's loss is about, `(batch,)`."""
+    labels = inputs["labels"]
+    return (labels[:, 1:] if is_causal else labels).ne(IGNORED).sum(dim=1)  # type: ignore[no-any-return]
