@@ -25,7 +25,7 @@ class PrefixBankTrainer(Trainer):
     and gradients are clipped by their norm over all parameters. Here each prefix's gradient is that of the mean over
     its own target tokens, and `max_grad_norm` is about each prefix for itself. What a prefix becomes then depends on
     its own rows (and on the learning rate's schedule). In batches of the same shape that holds bit for bit; where other
-    rows change the shape, kernels may round differently.
+    rows change the shape (rows, tokens, labels, the longest prefix), kernels may round differently.
 
     The rows of the data set name their prefixes in a column `prefix_names`; see `PrefixNamesCollator` and
     `PromptTargetCollator`. Everything else is as in the `Trainer`, also the loss that is logged.
@@ -78,9 +78,10 @@ class PrefixBankTrainer(Trainer):
         for name, count in zip(inputs[COLUMN], targets.tolist(), strict=True):
             if name is not None:
                 self._targets[name] += count
-        total = int(targets.sum())
-        loss = super().training_step(model, inputs, torch.ones((), device=targets.device))
-        return loss / max(total, 1)
+        one, total = torch.ones((), device=targets.device), max(int(targets.sum()), 1)
+        if not any(name is not None and self._bank.entry(name).is_trained for name in inputs[COLUMN]):
+            return self._nothing_to_learn(model, inputs, one) / total
+        return super().training_step(model, inputs, one) / total
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; in training the sum over target tokens, whatever the base's loss counts."""
@@ -89,6 +90,18 @@ class PrefixBankTrainer(Trainer):
         total = (inputs["labels"] != IGNORED).sum()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * total * self.current_gradient_accumulation_steps  # by which it is divided afterwards
+
+    def _nothing_to_learn(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch whose rows train no prefix."""
+        if self.accelerator.num_processes > 1:
+            raise PrefixInputError(
+                "No row of this process's batch names a prefix that is trained, and the other processes would wait for "
+                "its gradients. Leave out rows that train nothing, or use one process."
+            )
+        model.train()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=items)
+        return loss
 
     def _separate(self) -> None:
         """Make each prefix's gradient that of its own mean, and clip it by its own norm."""
