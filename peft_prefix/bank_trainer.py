@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +55,7 @@ class PrefixBankTrainer(Trainer):
         self.args.max_grad_norm = 0.0  # all prefixes together would be clipped
         self._bank = model.prefixes
         self._targets: Counter[str] = Counter()
+        self._norm = 0.0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The `Trainer`'s optimizer, which separates prefixes before each step."""
@@ -78,10 +80,20 @@ class PrefixBankTrainer(Trainer):
         for name, count in zip(inputs[COLUMN], targets.tolist(), strict=True):
             if name is not None:
                 self._targets[name] += count
-        one, total = torch.ones((), device=targets.device), max(int(targets.sum()), 1)
-        if not any(name is not None and self._bank.entry(name).is_trained for name in inputs[COLUMN]):
-            return self._nothing_to_learn(model, inputs, one) / total
-        return super().training_step(model, inputs, one) / total
+        one = torch.ones((), device=targets.device)
+        if any(name is not None and self._bank.entry(name).is_trained for name in inputs[COLUMN]):
+            loss = super().training_step(model, inputs, one)
+        else:
+            loss = self._nothing_to_learn(model, inputs, one)
+        if num_items_in_batch is None:
+            num_items_in_batch = max(int(targets.sum()), 1) * self.current_gradient_accumulation_steps
+        return torch.div(loss, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the `Trainer`'s; `grad_norm` is the largest norm of a prefix in the last step, before it was clipped."""
+        if "grad_norm" in logs:
+            logs["grad_norm"] = self._norm
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; in training the sum over target tokens, whatever the base's loss counts."""
@@ -110,13 +122,15 @@ class PrefixBankTrainer(Trainer):
             targets = sum((Counter(one) for one in gather_object([dict(targets)])), Counter())
         summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
         processes = 1 if summed else self.accelerator.num_processes
+        norms = [torch.zeros(())]
         for name, count in targets.items():
             own = [one for one in self._bank[name].parameters() if one.grad is not None]
             for parameter in own:
                 assert parameter.grad is not None
                 parameter.grad.mul_(processes / max(count, 1))
-            if own and self._largest_norm:
-                nn.utils.clip_grad_norm_(own, self._largest_norm)
+            if own:
+                norms.append(nn.utils.clip_grad_norm_(own, self._largest_norm or math.inf).cpu())
+        self._norm = float(torch.stack(norms).max())
         self._targets = Counter()
 
 

@@ -200,13 +200,28 @@ def test_a_prefix_becomes_what_it_becomes_alone(family: str, accumulation: int, 
             assert moved > 0.02
 
 
-def test_the_loss_that_is_logged_is_the_mean_over_tokens(tmp_path: Path) -> None:
-    model = bank()
-    rows = rows_of(model, ["a", "b", None, "a"])
+@pytest.mark.parametrize("batch", [4, 2])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_logged_is_the_mean_over_tokens_and_the_norm_of_a_prefix(
+    family: str, batch: int, tmp_path: Path
+) -> None:
+    model = bank(family)
+    rows = rows_of(model, ["a", "b", "a", "b"])
+    whole = PrefixNamesCollator(default_data_collator)(rows)
     with torch.no_grad():
-        expected = float(model(**PrefixNamesCollator(default_data_collator)(rows)).loss)
-    trainer, _ = train(BankInOrder, model, rows, tmp_path, num_train_epochs=1)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-4)
+        loss = float(model.train()(**whole).loss)
+    norms = []
+    for name in ("a", "b"):
+        one = copy.deepcopy(model).train()
+        own = [row for row in rows if row["prefix_names"] == name]
+        one(**PrefixNamesCollator(default_data_collator)(own)).loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in one.prefixes[name].parameters()])))
+    trainer, _ = train(
+        BankInOrder, model, rows, tmp_path, batch=batch, num_train_epochs=1, gradient_accumulation_steps=4 // batch
+    )
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(loss, abs=1e-4)
+    assert logged["grad_norm"] == pytest.approx(max(norms), rel=1e-3)
     evaluated = trainer.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]
     with torch.no_grad():
         assert evaluated == pytest.approx(

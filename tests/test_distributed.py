@@ -68,11 +68,16 @@ def launch(job: str, folder: Path, *launcher: str, **environment: str) -> dict[s
 
 
 def assert_same_prefix(folder: Path, expected: Path) -> None:
-    """Two saved prefixes agree up to rounding."""
-    actual, reference = (load_file(one / "final" / "prefix.safetensors") for one in (folder, expected))
-    assert actual.keys() == reference.keys()
-    for name, tensor in reference.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+    """Saved prefixes agree up to rounding."""
+    files = sorted((expected / "final").rglob("prefix.safetensors"))
+    assert files
+    for file in files:
+        actual, reference = load_file(folder / file.relative_to(expected)), load_file(file)
+        assert actual.keys() == reference.keys()
+        for name, tensor in reference.items():
+            torch.testing.assert_close(
+                actual[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def assert_runs_equal_one_process(found: dict[str, list[float]], folder: Path, reference: Path) -> None:

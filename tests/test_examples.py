@@ -69,6 +69,20 @@ def test_the_demo_leaves_everything_in_one_folder(
     assert f"{summary['dev loss after training']:.3f} after 20 steps" in capsys.readouterr().out
 
 
+def test_users_are_trained_and_served_together_and_stay_apart(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    options = ["--model", str(tiny), "--output", str(output), "--examples", "4", "--epochs", "2", "--requests", "2"]
+    run("many_users.py", *options, monkeypatch=monkeypatch)
+    result = json.loads((output / "users.json").read_text())
+    users = sorted(path.name for path in (output / "prefixes").iterdir())
+    assert len(users) == 8
+    assert sorted({*result["identical"], result["left out"]}) == users
+    assert len(result["texts"]) == 16
+    assert "bit for bit the same are" in capsys.readouterr().out
+
+
 def test_missing_data_is_explained(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"src1_train.txt is missing. Give a folder with the E2E files"):
         run(

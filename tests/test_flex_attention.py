@@ -10,7 +10,7 @@ from families import ENCODER_DECODERS, FAMILIES
 from helpers import assert_close, random_model, source_of, tokens
 from torch._inductor.exc import InductorError
 
-from peft_prefix import UnsupportedModelError
+from peft_prefix import PrefixConfig, UnsupportedModelError
 
 # Warnings of torch and transformers while flex attention is compiled; the library's own are none of these classes.
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "bart"])
 def test_flex_attention_agrees_with_eager(family: str) -> None:
     torch.compiler.reset()
-    results = []
+    results, mixed = [], []
     for attn in ("eager", "flex_attention"):
         base = FAMILIES[family].build(attn)
         inputs: dict[str, Any] = dict(input_ids=tokens(2, 20))
@@ -33,11 +33,16 @@ def test_flex_attention_agrees_with_eager(family: str) -> None:
         inputs["attention_mask"][0, -3:] = 0
         try:
             with torch.no_grad():
-                results.append(random_model(base)(**inputs).logits[:, :9])
+                model = random_model(base)
+                results.append(model(**inputs).logits[:, :9])
                 plain = base(**inputs).logits[:, :9]
+                model.add_prefix("longer", PrefixConfig(num_virtual_tokens=7, init="normal", init_std=1.0))
+                mixed.append(model(**inputs, prefix_names=["default", "longer"]).logits[:, :9])
         except (InductorError, UnsupportedModelError) as error:
             if isinstance(error, InductorError) or isinstance(error.__cause__, InductorError):
                 pytest.skip("torch's compiler fails on a kernel of this shape")
             raise
     assert_close(results[1], results[0])
+    assert_close(mixed[1], mixed[0])
+    assert_close(mixed[0][:1], results[0][:1])
     assert (results[0] - plain).abs().max() > 1e-2

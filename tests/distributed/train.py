@@ -20,7 +20,14 @@ import transformers
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,7 +35,14 @@ if __name__ == "__main__":
 from families import FAMILIES, Family
 from helpers import tokens
 
-from peft_prefix import PrefixConfig, PrefixInputError, PrefixModel, get_prefix_model
+from peft_prefix import (
+    PrefixBankTrainer,
+    PrefixConfig,
+    PrefixInputError,
+    PrefixModel,
+    PrefixNamesCollator,
+    get_prefix_model,
+)
 
 RESUMES = Version(transformers.__version__) >= Version("5.23")
 """Whether the versions resume in processes on CPUs; older ones put the optimizer's state on a device "cpu:0"."""
@@ -70,9 +84,28 @@ def make_classifier() -> PrefixModel:
     return get_prefix_model(LlamaForSequenceClassification(config), PrefixConfig(num_virtual_tokens=4))
 
 
+def make_mixed(name: str) -> PrefixModel:
+    """A model with two prefixes that are trained in the same batches."""
+    model = make(name, one_embedding=True)
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
+    model.set_prefix(None)
+    return model
+
+
 def rows(model: PrefixModel) -> list[dict[str, Any]]:
     """Random texts of equal length, with labels."""
     texts = tokens(16, 12, 1)
+    if model.active_prefix is None:
+        names = ["default", "other", "other", "default"] * 4
+        unlearned = 0 if model.config.is_encoder_decoder else 4  # T5's loss is a mean, and a mean of means another one
+        labels = [
+            text.where(torch.arange(12) >= unlearned * (name == "other"), -100)
+            for text, name in zip(texts, names, strict=True)
+        ]
+        return [
+            {"input_ids": text, "labels": label, "prefix_names": name}
+            for text, label, name in zip(texts, labels, names, strict=True)
+        ]
     if model.config.problem_type or "SequenceClassification" in type(model).__name__:
         return [{"input_ids": text, "labels": index % 3} for index, text in enumerate(texts)]
     return [{"input_ids": text, "labels": text} for text in texts]
@@ -99,6 +132,9 @@ def trainer_for(model: PrefixModel, folder: Path, accumulation: int = 1, **argum
         _let_accelerate_use_several_cpus(args)
     elif os.environ.get("ACCELERATE_USE_FSDP"):
         _let_accelerate_shard_on_a_cpu(args)
+    if model.active_prefix is None:
+        collator = PrefixNamesCollator(default_data_collator)
+        return PrefixBankTrainer(model=model, args=args, train_dataset=rows(model), data_collator=collator)
     return Trainer(model=model, args=args, train_dataset=rows(model))
 
 
@@ -125,6 +161,8 @@ RUNS: dict[str, tuple[Callable[[], PrefixModel], dict[str, Any]]] = {
     ),
     "t5": (lambda: make("t5", one_embedding=True), {}),
     "head": (make_classifier, {}),
+    "mixed": (lambda: make_mixed("gpt2"), dict(ddp_find_unused_parameters=True)),
+    "mixed, t5": (lambda: make_mixed("t5"), dict(ddp_find_unused_parameters=True, accumulation=2)),
 }
 """Runs that must not depend on the number of processes."""
 
