@@ -43,7 +43,16 @@ class GeneratingModel(RunningModel):
             return self._base_generate(*args, **self._stopping_in_time(readers, kwargs))
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate for many requests by continuous batching; arguments and results are those of the base's method."""
+        """Generate for many requests by continuous batching; arguments and results are those of the base's method.
+
+        Raises:
+            PrefixInputError: The base cannot serve requests with a prefix, or requests name prefixes of their own.
+        """
+        if "prefix_names" in kwargs:
+            raise PrefixInputError(
+                "Continuous batching has one prefix for all requests, the active one. Use generate(prefix_names=[...]) "
+                "for a batch with a prefix for each row, or one generate_batch for the requests of each prefix."
+            )
         return self._requests().generate_batch(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

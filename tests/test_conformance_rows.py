@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import CAUSAL, FAMILIES, KINDS, supported_attention
 from helpers import assert_close, random_model, source_of, tokens
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from peft_prefix import PrefixConfig, PrefixModel
 
@@ -206,3 +206,65 @@ def test_rows_generate_the_same_in_every_way(family: str, way: str) -> None:
     if not base_can(base, family, **{name: value for name, value in WAYS[way].items() if not name.startswith("num")}):
         pytest.skip("the base itself does not generate so")
     assert_generates_as_alone(bank_of(base), family, WAYS[way].get("num_return_sequences", 1), **WAYS[way])
+
+
+@pytest.mark.ways("mixed batches")
+@every_kind
+def test_sampled_tokens_have_the_probabilities_that_they_have_alone(family: str) -> None:
+    model = bank_of(KINDS[family].build())
+    batch, alone = prompts_of(model.base, family)
+    options = dict(GREEDY, do_sample=True, top_k=None, num_return_sequences=2, return_dict_in_generate=True)
+    result = model.generate(**batch, **options, output_logits=True, prefix_names=NAMES)
+    logits = torch.stack(result.logits, dim=1)
+    assert not torch.equal(result.sequences[0], result.sequences[1])
+    for row, name in enumerate(NAMES):
+        for copy in (2 * row, 2 * row + 1):
+            new = result.sequences[copy : copy + 1, -NEW:]
+            inputs = dict(alone[row])
+            if family in CAUSAL:
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], new[:, :-1]], dim=1)
+            else:
+                inputs["decoder_input_ids"] = result.sequences[copy : copy + 1, :-1]
+            with torch.no_grad():
+                expected = alone_with(model, name, inputs)[:, -NEW:]
+            assert_close(logits[copy : copy + 1], expected)
+
+
+@pytest.mark.ways("mixed batches")
+@every_kind
+def test_a_text_may_go_on_in_the_same_cache(family: str) -> None:
+    """Several turns, each with several new tokens, padded rows and the user's own cache."""
+    model = bank_of(KINDS[family].build())
+    batch, _ = batch_of(model.base, family)
+    text = "input_ids" if family in CAUSAL else "decoder_input_ids"
+    mask_name = "attention_mask" if family in CAUSAL else "decoder_attention_mask"
+    source = {name: value for name, value in batch.items() if name not in (text, mask_name)}
+    mask = batch[mask_name].clone()
+    mask[3] = 1  # padding on the right belongs at the end of a text
+    cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if family not in CAUSAL:
+        cache = EncoderDecoderCache(cache, DynamicCache())
+    pieces = []
+    with torch.no_grad():
+        expected = model(**source, **{text: batch[text], mask_name: mask}, use_cache=False, prefix_names=NAMES).logits
+        for start, end in [(0, 12), (12, 13), (13, 20), (20, LONG)]:
+            part = {text: batch[text][:, start:end], mask_name: mask[:, :end]}
+            pieces.append(model(**source, **part, past_key_values=cache, prefix_names=NAMES).logits)
+    assert_close(torch.cat(pieces, dim=1)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.ways("mixed batches")
+@every_kind
+def test_embeddings_and_sources_by_themselves_give_the_same(family: str) -> None:
+    model = bank_of(KINDS[family].build())
+    batch, _ = prompts_of(model.base, family)
+    expected = model.generate(**batch, **GREEDY, prefix_names=NAMES)[:, -NEW:]
+    if family in CAUSAL:
+        embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch.pop("input_ids"))}
+        actual = model.generate(**{**batch, "inputs_embeds": embedded["inputs_embeds"]}, **GREEDY, prefix_names=NAMES)
+    else:
+        with torch.no_grad():
+            encoded = model.get_encoder()(**batch, prefix_names=NAMES)
+        known = dict(encoder_outputs=encoded, attention_mask=batch["attention_mask"])
+        actual = model.generate(**known, **GREEDY, prefix_names=NAMES)
+    assert torch.equal(actual[:, -NEW:], expected)

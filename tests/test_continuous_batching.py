@@ -47,6 +47,12 @@ def alone(model: Any, text: list[int]) -> list[int]:
     return model.generate(torch.tensor([text]), **GREEDY)[0, len(text) :].tolist()
 
 
+def test_prefixes_for_single_requests_are_refused() -> None:
+    model = random_model(FAMILIES["llama"].build())
+    with pytest.raises(PrefixInputError, match=r"one prefix for all requests.*generate\(prefix_names"):
+        model.generate_batch([[5, 6, 7]], prefix_names=["default"])
+
+
 def test_requests_see_a_prefix_of_real_tokens_as_those_tokens() -> None:
     base, prefix = FAMILIES["llama"].build("sdpa"), tokens(1, 5, seed=8)[0]
     expected = [
