@@ -24,6 +24,7 @@ class PrefixModel(StoringModel):
     `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
     those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
     are in `state_dict()`. They include each prefix's own weights for the modules in `PrefixConfig.modules_to_save`.
+    Adapters of PEFT in the base are the exception: those that are trained go on being trained, and are there as well.
     `train()` and `eval()` reach the base, too: its own dropout acts in training, as in fine-tuning.
 
     Attributes:
@@ -252,7 +253,8 @@ def get_prefix_model(
 
     Args:
         base: Any causal or encoder-decoder model of transformers. A head that is no language model's (a classifier,
-            for example) is trained with the prefix.
+            for example) is trained with the prefix. Adapters of PEFT in it act beside the prefix and stay as they are,
+            trained or frozen; a `PeftModel` is taken as well.
         config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
         tokenizer: Reads `config.init_text` for `init="text"`.
         input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.

@@ -67,7 +67,8 @@ class StoringModel(GeneratingModel):
         Where none is active, all that are trained are saved, each in a folder of its name.
 
         In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
-        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
+        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP, and adapters
+        of PEFT in the base. Elsewhere those are PEFT's to save (`model.base.save_pretrained`).
 
         Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
         `state_dict` is given.
@@ -131,7 +132,8 @@ class StoringModel(GeneratingModel):
         """A base model with a saved prefix.
 
         Args:
-            base: The model that the prefix was trained on.
+            base: The model that the prefix was trained on, with the adapter of PEFT that acted beside it, if there was
+                one; a `PeftModel` is taken as well.
             prefix_name_or_path: A folder that `save_pretrained` wrote, or a repository id on the Hub.
             name: Name of the prefix in the model.
             is_trainable: Whether to train it further; otherwise it is frozen and the model is in evaluation mode.
