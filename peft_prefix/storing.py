@@ -355,10 +355,14 @@ class StoringModel(GeneratingModel):
         return sum(0 if one.is_inference() else one._version for one in trained_adapters(self.base).values())
 
     def _fingerprint(self, entry: BankEntry) -> str | None:
-        """What identifies the base's weights; what was known of them, once they are spread over processes."""
+        """What identifies the base's weights; what was known of them, once they are spread over processes.
+
+        Of an adapter that is trained there nothing is known.
+        """
         now = weights_fingerprint(self.base, entry.config.modules_to_save or ())
-        self._fingerprints[entry.name] = now or self._fingerprints.get(entry.name)
-        return self._fingerprints[entry.name]
+        if now is not None or trained_adapters(self.base):
+            self._fingerprints[entry.name] = now
+        return self._fingerprints.get(entry.name)
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()
