@@ -504,6 +504,14 @@ def test_each_has_its_learning_rate(tmp_path: Path) -> None:
         assert step == pytest.approx(rate, rel=0.02, abs=1e-7), name
 
 
+def test_a_prefix_that_nothing_reaches_while_the_adapter_learns_draws_a_warning() -> None:
+    model = get_prefix_model(with_lora(), PrefixConfig(num_virtual_tokens=4)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.base(**inputs("llama"), labels=tokens(2, 6)).loss.backward()  # not the model, so without its prefix
+    with pytest.warns(PrefixWarning, match="no gradient has reached 6 of the prefix's 6 tensors"):
+        optimizer.step()
+
+
 def _fresh_adapter() -> PreTrainedModel:
     torch.manual_seed(0)
     base = FAMILIES["gpt2"].build()
