@@ -114,7 +114,12 @@ class PrefixBank(nn.ModuleDict):
         if isinstance(module, DirectPrefix):
             module.spread(devices)
             good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
-            watch = LearningRateWatch(module.parameters(), good_rate)  # of the prefix alone
+            bank = weakref.ref(self)
+            watch = LearningRateWatch(
+                module.parameters(),  # of the prefix alone
+                good_rate,
+                lambda: [] if (known := bank()) is None else list(known.parameters()),
+            )
             weakref.finalize(module, watch.stop)
         module.add_module(MODULES, weights)
         if not is_trainable:

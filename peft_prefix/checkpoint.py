@@ -7,13 +7,12 @@ and renamed, so a crash leaves the old file or the new one.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from transformers import PreTrainedModel
 
 from .config import PrefixConfig
 from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, some_of
 from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
-from .placement import repeated_names, weight_of
-from .processes import is_sharded
 from .version import __version__
 
 TENSOR_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "peft_prefix"
+_TRAINING_STATE = "training state"
+"""What a training state has there."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PrefixDescription:
     Args:
         config: The configuration that it was made with.
         geometry_fingerprint: `Geometry.fingerprint` of its base model.
-        weights_fingerprint: `weights_fingerprint` of its base model, `None` if it could not be taken.
+        weights_fingerprint: That of its base model (`fingerprint.py`), `None` if it could not be taken.
         dtype: Name of the tensors' dtype, e.g. `float32`.
         sha256: Hash over the tensors; the identity of this prefix.
         format_version: Version of this format.
@@ -146,14 +144,15 @@ def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
     """
     if file.exists():
         with safe_open(file, framework="pt") as content:
+            is_own = (content.metadata() or {}).get(_METADATA_KEY) == _TRAINING_STATE
             foreign = [name for name in content.keys() if not name.startswith("prefixes.")]  # noqa: SIM118
-        if foreign:
+        if foreign and not is_own:
             raise PrefixFileError(
                 f"{file} holds the weights of another model ({some_of(foreign)}), which saving here would destroy. "
                 "Save the prefix to a folder of its own."
             )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(file, save(plain, metadata={"format": "pt"}))
+    write_atomically(file, save(plain, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE}))
 
 
 def read_description(file: Path) -> PrefixDescription:
@@ -225,59 +224,6 @@ def read_tensors(
         raise PrefixFileError(f"{file} is damaged: its content does not match its sha256. Save or download it again.")
     require_finite(tensors, f"{file} was not loaded")
     return tensors
-
-
-def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> str | None:
-    """A short sample of the base's weights, enough to tell two models of the same shape apart.
-
-    Four numbers of each of up to 64 weight matrices, spread over the model, with their dtype and a hash of the
-    matrices' names. `None` where weights cannot be read: not materialized, sharded over processes, or quantized.
-
-    Args:
-        base: The base model.
-        without: Names of modules to leave out: a prefix brings its own weights for them, and a fresh head is another
-            one each time.
-    """
-    left_out = tuple(f"{name}." for name in without)
-    repeated = repeated_names(base)
-    matrices = sorted(
-        (name, weight)
-        for name, weight in base.named_parameters()
-        if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out) and name not in repeated
-    )
-    quantized = getattr(base, "hf_quantizer", None) is not None
-    if quantized or not matrices:
-        return None
-    count = min(64, len(matrices))
-    chosen = [weight_of(base, matrices[i * len(matrices) // count][1]).detach() for i in range(count)]
-    # Those that are quantized in place or sharded are tensors of classes of their own.
-    own_class = any(type(weight) is not torch.Tensor or is_sharded(weight) for weight in chosen)
-    if own_class or any(weight.is_meta or weight.numel() == 0 for weight in chosen):
-        return None
-    numbers = [weight.flatten()[weight.numel() * k // 8] for weight in chosen for k in (1, 3, 5, 7)]
-    sample = torch.stack([number.to("cpu", torch.float32) for number in numbers])
-    names = hashlib.sha256(" ".join(name for name, _ in matrices).encode()).hexdigest()[:8]
-    dtype = str(chosen[0].dtype).removeprefix("torch.")
-    return f"{dtype}:{names}:{base64.b64encode(sample.numpy().tobytes()).decode()}"
-
-
-def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two fingerprints may come from the same weights, loaded in the same precision or in different ones.
-
-    A missing fingerprint may come from any weights.
-    """
-    if one is None or other is None:
-        return True
-    (dtype, names, sample), (other_dtype, other_names, other_sample) = one.split(":"), other.split(":")
-    if names != other_names:
-        return False
-    left, right = (
-        torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32) for text in (sample, other_sample)
-    )
-    if dtype == other_dtype:
-        return torch.equal(left, right)
-    # Two roundings of the same number differ by one step of the coarser precision at most.
-    return left.shape == right.shape and torch.allclose(left, right, rtol=2**-7, atol=2**-24)
 
 
 def require_finite(tensors: PrefixTensors, consequence: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from .errors import PrefixConfigError
 
-Init = Literal["vocabulary", "text", "cache", "zeros", "normal"]
+Init = Literal["vocabulary", "text", "cache", "prefix", "zeros", "normal"]
 Reparameterization = Literal["none", "mlp"]
 Site = Literal["encoder", "decoder", "cross"]
 Sliding = Literal["pinned", "plain"]
@@ -25,8 +25,9 @@ class PrefixConfig:
         num_virtual_tokens: Length `p` of the prefix, at least 1.
         init: The initializer, i.e. what fills the prefix before training. `"vocabulary"` takes the keys and values
             that the base model computes for words that it writes itself; `"text"` those of `init_text` (or of
-            `input_ids`); `"cache"` a key/value cache that is given; `"zeros"` and `"normal"` need nothing.
-            Activations of real words start far better than random numbers (Li & Liang 2021, section 7.4).
+            `input_ids`); `"cache"` a key/value cache that is given; `"prefix"` another prefix of the same model;
+            `"zeros"` and `"normal"` need nothing. Activations of real words start far better than random numbers (Li &
+            Liang 2021, section 7.4).
         init_text: The text for `init="text"`. It is cut to `num_virtual_tokens` tokens, or repeated to fill them.
         init_std: Standard deviation of `init="normal"`.
         init_seed: Seed of the random initializers; the global random state is neither read nor changed.

@@ -1,4 +1,4 @@
-"""What fills a prefix before training: activations of real tokens, a given cache, zeros or random numbers."""
+"""What fills a prefix before training: activations of real tokens, a cache, another prefix, zeros or random numbers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class InitInputs:
         tokenizer: Reads `config.init_text`.
         input_ids: A text as token ids.
         past_key_values: A cache that the base filled.
+        prefix: Keys and values of another prefix of the same shapes.
     """
 
     base: PreTrainedModel
@@ -43,6 +44,7 @@ class InitInputs:
     tokenizer: PreTrainedTokenizerBase | None = None
     input_ids: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    prefix: PrefixTensors | None = None
 
 
 def initial_tensors(inputs: InitInputs) -> PrefixTensors:
@@ -215,6 +217,12 @@ def _cache(inputs: InitInputs) -> PrefixTensors:
     return tensors_from_states(states_of(cache), inputs.geometry, inputs.config.num_virtual_tokens)
 
 
+def _prefix(inputs: InitInputs) -> PrefixTensors:
+    """Another prefix, which `composition.start_from` has found to fit."""
+    assert inputs.prefix is not None
+    return inputs.prefix
+
+
 def _zeros(inputs: InitInputs) -> PrefixTensors:
     """All zeros: every virtual token gets attention and gives nothing."""
     shapes = inputs.geometry.tensor_shapes(inputs.config.num_virtual_tokens)
@@ -232,6 +240,7 @@ INITIALIZERS: dict[Init, Callable[[InitInputs], PrefixTensors]] = {
     "vocabulary": _vocabulary,
     "text": _text,
     "cache": _cache,
+    "prefix": _prefix,
     "zeros": _zeros,
     "normal": _normal,
 }

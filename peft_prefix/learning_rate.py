@@ -8,7 +8,7 @@ Much rarer, no gradient arrives at all: some kernels of quantized bases are made
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,10 +33,17 @@ class LearningRateWatch:
     Args:
         parameters: The keys and values that are trained directly.
         good_rate: What to recommend.
+        of_prefixes: Gives the parameters of all prefixes of the model: where another one learns, this one may be idle.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], good_rate: float = GOOD_LEARNING_RATE) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        good_rate: float = GOOD_LEARNING_RATE,
+        of_prefixes: Callable[[], Iterable[torch.nn.Parameter]] = tuple,
+    ) -> None:
         self.good_rate = good_rate
+        self.of_prefixes = of_prefixes
         self._parameters = WeakIdKeyDictionary(dict.fromkeys(parameters))
         self._done = False
         self._handle = register_optimizer_step_pre_hook(self._look)
@@ -68,7 +75,7 @@ class LearningRateWatch:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         own = [one for one in parameters if one in self._parameters and one.requires_grad]
         reached = sum(parameter.grad is not None for parameter in own)
-        is_idle = reached == 0 and any(parameter.grad is not None for parameter in parameters)  # another prefix learns
+        is_idle = reached == 0 and any(parameter.grad is not None for parameter in self.of_prefixes())
         if reached == len(own) or is_idle:
             return
         warnings.warn(

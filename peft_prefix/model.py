@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .composition import Composed, average, concatenation, shared_weights, start_from
 from .config import PrefixConfig
 from .errors import PrefixConfigError
 from .initializers import InitInputs, initial_tensors
@@ -21,6 +24,7 @@ class PrefixModel(StoringModel):
     `Trainer`, pipelines, `generate`) it is a model of the base's architecture. All lengths, masks and positions are
     those of real tokens; the prefix is added inside. Only the prefixes' parameters require gradients, and only they
     are in `state_dict()`. They include each prefix's own weights for the modules in `PrefixConfig.modules_to_save`.
+    Adapters of PEFT in the base are the exception: those that are trained go on being trained, and are there as well.
     `train()` and `eval()` reach the base, too: its own dropout acts in training, as in fine-tuning.
 
     Attributes:
@@ -38,6 +42,7 @@ class PrefixModel(StoringModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        initial_prefix: str | None = None,
     ) -> None:
         """Make a new prefix, filled by its initializer, and make it the active one.
 
@@ -47,23 +52,74 @@ class PrefixModel(StoringModel):
             tokenizer: Reads `config.init_text`.
             input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.
             past_key_values: For `init="cache"`: a cache of one row and `num_virtual_tokens` tokens.
+            initial_prefix: For `init="prefix"`: the name of a prefix of the same length and sites, trained or frozen.
+                The new one is a copy of its keys and values, and of its weights for those modules in
+                `modules_to_save` that both have; what becomes of either later does not touch the other.
 
         Raises:
             PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
         """
         self.prefixes.check_new(name)
         config = self._completed(config)
-        limit = self._injection.decoder.position_limit
-        if limit is not None and config.num_virtual_tokens >= limit:
-            raise PrefixConfigError(
-                f"{config.num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} "
-                "positions."
-            )
+        self._require_room(config.num_virtual_tokens)
+        source = start_from(self.prefixes, config, initial_prefix)
         weights = ModuleWeights(self.base, config.modules_to_save or ())
-        tensors = self._initial(config, tokenizer, input_ids, past_key_values)
+        prefix = None if source is None else self.prefixes.saved(source)
+        tensors = self._initial(config, tokenizer, input_ids, past_key_values, prefix)
+        if source is not None:
+            weights.load({**weights.saved(), **shared_weights(source, tensors, weights.places)})
         self._install(name, config, tensors, weights)
         self.prefixes.active = name
         self._fingerprint(self.prefixes.entry(name))
+
+    def concatenate_prefixes(self, names: Iterable[str], new_name: str, *, is_trainable: bool = True) -> None:
+        """Make a new prefix of several others, one after another, and make it the active one. Experimental.
+
+        Its length is the sum of theirs. Keys keep the positions that they were trained with, `0..p-1` in each part, and
+        the text starts behind all parts: each part is further away from the text than it was in training, by the length
+        of all the others together. How well tasks add up that way is for you to measure; it is also a start for further
+        training.
+
+        The parts stay as they are. Dropout is theirs where they agree, otherwise none.
+
+        Args:
+            names: Two prefixes or more, with the same sites and `sliding_window` and without `modules_to_save`.
+            new_name: A name that is not taken.
+            is_trainable: Whether to train the new one; otherwise it is frozen.
+
+        Raises:
+            PrefixConfigError: A name cannot be, the prefixes do not go together, or the new one is too long.
+            PrefixInputError: A prefix holds NaN or infinity.
+        """
+        self.prefixes.check_new(new_name)
+        self._add_composed(new_name, concatenation(self.prefixes, names), is_trainable)
+
+    def average_prefixes(
+        self,
+        names: Iterable[str],
+        new_name: str,
+        *,
+        weights: Iterable[float] | None = None,
+        is_trainable: bool = True,
+    ) -> None:
+        """Make a new prefix that is the weighted mean of several others, and make it the active one.
+
+        Keys and values are averaged in float32, number by number, and so are weights for `modules_to_save`. The others
+        stay as they are. Dropout is theirs where they agree, otherwise none.
+
+        Args:
+            names: Two prefixes or more, with the same length, sites, `sliding_window` and `modules_to_save`.
+            new_name: A name that is not taken.
+            weights: One finite number for each prefix, divided by their sum: `[3, 1]` is `[0.75, 0.25]`. They may be
+                negative, as in `[2, -1]`, but not add up to zero. Equal ones if left out.
+            is_trainable: Whether to train the new one; otherwise it is frozen.
+
+        Raises:
+            PrefixConfigError: A name or a weight cannot be, or the prefixes do not go together.
+            PrefixInputError: A prefix holds NaN or infinity.
+        """
+        self.prefixes.check_new(new_name)
+        self._add_composed(new_name, average(self.prefixes, names, weights), is_trainable)
 
     def set_prefix(self, name: str | None) -> None:
         """Use another prefix from now on; training goes to it alone, unless it was loaded frozen.
@@ -121,19 +177,42 @@ class PrefixModel(StoringModel):
         entry.config = config
         entry.fillings += 1
 
+    def _add_composed(self, name: str, composed: Composed, is_trainable: bool) -> None:
+        """Install a prefix that was made of others."""
+        config = self._completed(composed.config)
+        self._require_room(config.num_virtual_tokens)
+        weights = ModuleWeights(self.base, config.modules_to_save or ())
+        weights.load(composed.tensors)
+        self._install(name, config, composed.tensors, weights, is_trainable)
+        self.prefixes.active = name
+        self._fingerprint(self.prefixes.entry(name))
+
+    def _require_room(self, num_virtual_tokens: int) -> None:
+        """Check that a prefix of this length leaves positions for text.
+
+        Raises:
+            PrefixConfigError: It does not.
+        """
+        limit = self._injection.decoder.position_limit
+        if limit is not None and num_virtual_tokens >= limit:
+            raise PrefixConfigError(
+                f"{num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} positions."
+            )
+
     def _initial(
         self,
         config: PrefixConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         input_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        prefix: PrefixTensors | None = None,
     ) -> PrefixTensors:
         """What a prefix of this configuration starts from."""
         geometry = self.geometry.only(config.sites or ())
         structure = self._injection.structure
         with readable(self.base):
             return initial_tensors(
-                InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values)
+                InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values, prefix)
             )
 
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
@@ -174,7 +253,8 @@ def get_prefix_model(
 
     Args:
         base: Any causal or encoder-decoder model of transformers. A head that is no language model's (a classifier,
-            for example) is trained with the prefix.
+            for example) is trained with the prefix. Adapters of PEFT in it act beside the prefix and stay as they are,
+            trained or frozen; a `PeftModel` is taken as well.
         config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
         tokenizer: Reads `config.init_text` for `init="text"`.
         input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.

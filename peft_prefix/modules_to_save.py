@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import holds_adapter, is_replaced
 from .backbone import head_modules
 from .errors import IncompatibleBaseError, PrefixConfigError, PrefixInputError, PrefixNotConsumedError, some_of
 from .processes import whole
@@ -167,7 +168,9 @@ def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> t
         PrefixConfigError: No module has the name, or it is none that can be trained.
     """
     if wanted is None:
-        return head_modules(base)
+        # A head that an adapter trains and saves is the adapter's.
+        heads = [name for name in head_modules(base) if not is_replaced(base.get_submodule(name))]
+        return tuple(_without_adapter(base, name) for name in heads)
     known = [name for name, _ in base.named_modules() if name]
     found = {one: [name for name in known if name == one or name.endswith(f".{one}")] for one in wanted}
     for one, names in found.items():
@@ -187,6 +190,7 @@ def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> t
         if type(module).forward is nn.Module.forward or next(module.parameters(), None) is None:
             what = "only a container" if type(module).forward is nn.Module.forward else "without parameters"
             raise PrefixConfigError(f"{name!r} in modules_to_save is {what}; name modules that compute with weights.")
+        _without_adapter(base, name)
     return outermost
 
 
@@ -288,6 +292,15 @@ def _module(base: PreTrainedModel, name: str) -> nn.Module:
             "Replace it, or leave it out of modules_to_save."
         )
     return module
+
+
+def _without_adapter(base: nn.Module, name: str) -> str:
+    if holds_adapter(base.get_submodule(name)):
+        raise PrefixConfigError(
+            f"An adapter of PEFT works in {name!r}, so it cannot be trained with the prefix, too. Leave it out of "
+            "modules_to_save ([] for none), or out of the adapter's target_modules."
+        )
+    return name
 
 
 def _around(base: nn.Module, name: str) -> Iterator[nn.Module]:

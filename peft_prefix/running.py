@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache, PreTrainedModel
 
+from .adapters import freeze_base, without_peft
 from .bank import PrefixBank
 from .call import PrefixCall
 from .errors import PrefixInputError, UnsupportedModelError
@@ -37,16 +38,18 @@ class RunningModel(WrappedModel):
         """Freeze the base and find its geometry.
 
         Args:
-            base: Any causal or encoder-decoder model of transformers, whatever its head.
+            base: Any causal or encoder-decoder model of transformers, whatever its head, or a `PeftModel` around one.
+                Adapters of PEFT stay as they are, trained or frozen.
 
         Raises:
             UnsupportedModelError: The model has no keys and values that a prefix could join.
         """
+        base = without_peft(base)
         complete(base)
         with readable(base):
             geometry, injection = examined(base)
         super().__init__(base.config)
-        self.base = base.requires_grad_(False)
+        self.base = freeze_base(base)
         self.geometry = geometry
         self.prefixes = PrefixBank(geometry)
         self._mixes: bool | None = None

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
+from .adapters import trained_adapters
 from .bank import BankEntry
 from .config import PrefixConfig
 from .errors import (
@@ -24,6 +25,7 @@ from .errors import (
     PrefixWarning,
     some_of,
 )
+from .fingerprint import difference, weights_fingerprint
 from .generating import GeneratingModel
 from .hub import locate_prefix
 from .modules_to_save import ModuleWeights
@@ -34,6 +36,8 @@ from .processes import is_sharded, whole
 DEFAULT_PREFIX = "default"
 _PREFIXES = "prefixes."
 """What the names of all prefixes' parameters begin with."""
+_BASE = "base."
+"""What those of the base begin with."""
 
 
 class StoringModel(GeneratingModel):
@@ -42,6 +46,7 @@ class StoringModel(GeneratingModel):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base)
         self._fingerprints: dict[str, str | None] = {}
+        self._adapters_at_first = self._adapters_now()
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -62,7 +67,8 @@ class StoringModel(GeneratingModel):
         Where none is active, all that are trained are saved, each in a folder of its name.
 
         In a training checkpoint (a folder named `checkpoint-<step>`, as the `Trainer` makes them) the training state is
-        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP.
+        saved as well, as `model.safetensors`: the parameters that are trained, i.e. the prefix or its MLP, and adapters
+        of PEFT in the base. Elsewhere those are PEFT's to save (`model.base.save_pretrained`).
 
         Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
         `state_dict` is given.
@@ -91,7 +97,7 @@ class StoringModel(GeneratingModel):
         if not is_main_process:
             return
         directory = Path(save_directory)
-        numbers = {key.removeprefix(_PREFIXES): tensor for key, tensor in state.items()}
+        numbers = {key.removeprefix(_PREFIXES): state[key] for key in state if key.startswith(_PREFIXES)}
         for folder, entry in chosen.items():
             checkpoint.write_prefix(
                 directory / folder,
@@ -126,7 +132,8 @@ class StoringModel(GeneratingModel):
         """A base model with a saved prefix.
 
         Args:
-            base: The model that the prefix was trained on.
+            base: The model that the prefix was trained on, with the adapter of PEFT that acted beside it, if there was
+                one; a `PeftModel` is taken as well.
             prefix_name_or_path: A folder that `save_pretrained` wrote, or a repository id on the Hub.
             name: Name of the prefix in the model.
             is_trainable: Whether to train it further; otherwise it is frozen and the model is in evaluation mode.
@@ -211,12 +218,13 @@ class StoringModel(GeneratingModel):
         geometry = self.geometry.only(config.sites or self.geometry.sites)
         tensors = checkpoint.read_tensors(file, description, geometry, _name_of(self.base), weights.saved())
         weights.load(tensors)
-        own = checkpoint.weights_fingerprint(self.base, without=weights.module_names)
-        if not checkpoint.same_weights(description.weights_fingerprint, own):
+        own = weights_fingerprint(self.base, without=weights.module_names)
+        other = difference(description.weights_fingerprint, own)
+        if other is not None:
             trained_on = description.config.base_model_name_or_path or "an unnamed model"
             warnings.warn(
-                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} has the same shape with "
-                "other weights. It will probably work badly; load it onto the model that it was trained on.",
+                f"The prefix {file} was trained on {trained_on}, but {_name_of(self.base)} {other}. It will probably "
+                "work badly; load it onto the model that it was trained on.",
                 PrefixWarning,
                 stacklevel=2,
             )
@@ -238,28 +246,31 @@ class StoringModel(GeneratingModel):
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The training state: parameters and buffers of the prefixes, nothing of the base."""
+        """The training state: parameters and buffers of the prefixes, and of the base the adapters that are trained."""
         state: dict[str, Any] = {} if destination is None else destination
         self.prefixes.state_dict(destination=state, prefix=f"{prefix}{_PREFIXES}", keep_vars=keep_vars)
+        adapters = {f"{prefix}{_BASE}{name}": one for name, one in trained_adapters(self.base).items()}
+        state.update((name, one if keep_vars else one.detach()) for name, one in adapters.items())
         if self._is_awaiting_shards:  # accelerate understands nothing else, and nothing else has been sharded
             return {key: tensor for key, tensor in state.items() if is_sharded(tensor)}
         if destination is not None:
             return state
         # Parameters first: accelerate before 1.11 finds the sharded ones by their place.
-        parameters = {f"{prefix}{_PREFIXES}{name}" for name, _ in self.prefixes.named_parameters()}
+        parameters = {f"{prefix}{_PREFIXES}{name}" for name, _ in self.prefixes.named_parameters()} | set(adapters)
         return dict(sorted(state.items(), key=lambda item: item[0] not in parameters))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Restore what `state_dict` gave.
 
         Raises:
-            PrefixFileError: It belongs to other prefixes or another reparameterization. Also with `strict=False`, since
-                a half restored prefix would train on in silence.
+            PrefixFileError: It belongs to other prefixes, another reparameterization or other adapters. Also with
+                `strict=False`, since a half restored prefix would train on in silence.
         """
         own_state, is_complete = self.state_dict(), not self._is_awaiting_shards
         self._is_awaiting_shards = False
         if strict or assign:  # torch adds the parameters of the base, as they are, where it loads into shards
             base = dict(self.base.named_parameters(prefix="base", remove_duplicate=False))
+            base = {key: tensor for key, tensor in base.items() if key not in own_state}
             state_dict = {key: tensor for key, tensor in state_dict.items() if base.get(key) is not tensor}
         expected, found = (
             {key: None if key.endswith("_extra_state") else tuple(tensor.shape) for key, tensor in state.items()}
@@ -271,9 +282,13 @@ class StoringModel(GeneratingModel):
             )
             raise PrefixFileError(
                 f"The training state does not fit this model's prefixes: {some_of(different)}. Resume with "
-                "the PrefixConfig that the training was started with."
+                "the PrefixConfig that the training was started with, and with the same adapters, trained or frozen "
+                "as they were."
             )
-        own = {key.removeprefix(_PREFIXES): tensor for key, tensor in state_dict.items()}
+        adapters = {key.removeprefix(_BASE): state_dict[key] for key in state_dict if key.startswith(_BASE)}
+        if adapters:
+            self.base.load_state_dict(adapters, strict=False, assign=assign)
+        own = {key.removeprefix(_PREFIXES): state_dict[key] for key in state_dict if key.startswith(_PREFIXES)}
         for entry in self.prefixes.entries.values():
             entry.fillings += 1
         return self.prefixes.load_state_dict(own, strict=is_complete, assign=assign)
@@ -326,12 +341,28 @@ class StoringModel(GeneratingModel):
                 PrefixWarning,
                 stacklevel=3,
             )
+        if self._adapters_now() > self._adapters_at_first:
+            remedy = "model.base" if getattr(self.base, "_hf_peft_config_loaded", False) else "your PeftModel"
+            warnings.warn(
+                "The adapter of the base has been trained and is not saved here, only the prefix is. Save it with "
+                f"save_pretrained(folder) of {remedy}.",
+                PrefixWarning,
+                stacklevel=3,
+            )
+
+    def _adapters_now(self) -> int:
+        """A number that grows when adapters are trained."""
+        return sum(0 if one.is_inference() else one._version for one in trained_adapters(self.base).values())
 
     def _fingerprint(self, entry: BankEntry) -> str | None:
-        """What identifies the base's weights; what was known of them, once they are spread over processes."""
-        now = checkpoint.weights_fingerprint(self.base, entry.config.modules_to_save or ())
-        self._fingerprints[entry.name] = now or self._fingerprints.get(entry.name)
-        return self._fingerprints[entry.name]
+        """What identifies the base's weights; what was known of them, once they are spread over processes.
+
+        Of an adapter that is trained there nothing is known.
+        """
+        now = weights_fingerprint(self.base, entry.config.modules_to_save or ())
+        if now is not None or trained_adapters(self.base):
+            self._fingerprints[entry.name] = now
+        return self._fingerprints.get(entry.name)
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import without_peft
 from .architecture import specialized
 from .errors import PrefixInputError
 from .example_inputs import loss_counts_items
@@ -32,6 +33,7 @@ class WrappedModel(PreTrainedModel):
         """Specialize the class, so that `transformers` reads the base's architecture from it."""
         if base is None:  # a copy is being made, and its class is special already
             return super().__new__(cls)
+        base = without_peft(base)
         _require_base(base)
         architecture: type[Self] = specialized(cls, type(base))  # type: ignore[arg-type]  # classes are hashable
         return super().__new__(architecture)
@@ -134,10 +136,14 @@ class WrappedModel(PreTrainedModel):
         return embeddings
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' adapters are PEFT's."""
-        raise PrefixInputError("Prefixes are no PEFT adapters: use load_prefix, add_prefix and set_prefix.")
+        """Refused: transformers' adapters are PEFT's, and belong to the base."""
+        raise PrefixInputError(
+            "Prefixes are no PEFT adapters: use load_prefix, add_prefix and set_prefix. An adapter beside the prefix "
+            "belongs to the base: call the same method of model.base."
+        )
 
-    add_adapter = set_adapter = load_adapter
+    add_adapter = set_adapter = delete_adapter = get_adapter_state_dict = load_adapter
+    enable_adapters = disable_adapters = active_adapters = load_adapter
 
 
 def _unspecialized(wrapper: type[WrappedModel], base_class: type[PreTrainedModel]) -> WrappedModel:

@@ -22,7 +22,7 @@ from peft_prefix import (
     __version__,
     get_prefix_model,
 )
-from peft_prefix.checkpoint import same_weights, weights_fingerprint
+from peft_prefix.fingerprint import same_weights, weights_fingerprint
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from helpers import tokens
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
+from peft_prefix import PrefixConfig, PrefixModel, PrefixWarning, get_prefix_model
 
 SCRIPTS = Path(__file__).parent / "distributed"
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
@@ -174,6 +174,25 @@ def test_fsdp(tmp_path: Path) -> None:
         _, expected = train.train(model, reference / "efficient" / form)
         assert found[f"efficient {form}"] == pytest.approx(expected, rel=1e-5)
         assert_same_prefix(folder / "efficient" / form, reference / "efficient" / form)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_adapter_beside_a_prefix(kind: str, tmp_path: Path) -> None:
+    config = str(CONFIGS / f"{kind}.yaml")
+    found = launch("adapter", tmp_path / "two", *ACCELERATE, config, ACCELERATE_USE_CPU="true")
+    with pytest.warns(PrefixWarning, match="adapter of the base has been trained and is not saved here"):
+        expected = train.adapter(tmp_path / "one")
+    for run in ("losses", "checkpointed"):
+        assert found[run] == pytest.approx(expected[run], rel=1e-5)
+    assert found["adapter"].keys() == expected["adapter"].keys() != set()
+    for name, numbers in expected["adapter"].items():
+        actual = torch.tensor(found["adapter"][name])
+        torch.testing.assert_close(actual, torch.tensor(numbers), rtol=1e-3, atol=2e-4)
+    assert_same_prefix(tmp_path / "two" / "plain", tmp_path / "one" / "plain")
+    if train.RESUMES:
+        assert found["resumed"] == found["whole"]
+        assert found["same"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")

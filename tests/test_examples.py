@@ -110,12 +110,14 @@ def test_the_readmes_code_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings(
-    "ignore:'pin_memory' argument is set:UserWarning", "ignore:`gradient_checkpointing:FutureWarning"
+    "ignore:'pin_memory' argument is set:UserWarning",
+    "ignore:`gradient_checkpointing:FutureWarning",
+    "ignore:The adapter of the base has been trained:peft_prefix.PrefixWarning",  # the page says so
 )
 def test_the_code_about_training_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the packages' own futures
-        for package in ("datasets", "trl", "torchao"):
+        for package in ("datasets", "peft", "trl", "torchao"):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {
@@ -124,7 +126,7 @@ def test_the_code_about_training_runs(tiny: Path, tmp_path: Path, monkeypatch: p
         "name": str(tiny),
     }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         block = block.replace("packing=True", "packing=True, use_cpu=True")  # the page says so
         exec(compile(block, "training.md", "exec"), names)

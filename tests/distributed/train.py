@@ -43,6 +43,7 @@ from peft_prefix import (
     PrefixNamesCollator,
     get_prefix_model,
 )
+from peft_prefix.processes import whole as put_together
 
 RESUMES = Version(transformers.__version__) >= Version("5.23")
 """Whether the versions resume in processes on CPUs; older ones put the optimizer's state on a device "cpu:0"."""
@@ -90,6 +91,20 @@ def make_mixed(name: str) -> PrefixModel:
     model.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
     model.set_prefix(None)
     return model
+
+
+def make_with_adapter(dropout: float = 0.0) -> PrefixModel:
+    """A model whose base has an adapter of PEFT that acts."""
+    import peft
+
+    base = FAMILIES["llama"].build()
+    base.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return get_prefix_model(base, PrefixConfig(num_virtual_tokens=4, dropout=dropout))
 
 
 def rows(model: PrefixModel) -> list[dict[str, Any]]:
@@ -249,6 +264,24 @@ def fsdp(folder: Path) -> dict[str, Any]:
         assert trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
         base = LlamaForCausalLM.from_pretrained(folder / "base")
     return found
+
+
+def adapter(folder: Path) -> dict[str, Any]:
+    """An adapter beside a prefix, with DDP or FSDP2."""
+    run = dict(learning_rate=1e-2)
+    trainer, found = train(make_with_adapter(), folder / "plain", **run)
+    result: dict[str, Any] = {"losses": found}
+    result["checkpointed"] = train(make_with_adapter(), folder / "checkpointed", gradient_checkpointing=True, **run)[1]
+    state = {name: one for name, one in trainer.model.state_dict().items() if "lora_" in name}
+    result["adapter"] = {name: one.tolist() for name, one in put_together(state).items()}
+    resume, last = folder / "whole" / "checkpoint-2", make_with_adapter(0.1)
+    trainer, result["whole"] = train(
+        make_with_adapter(0.1), folder / "whole", save_strategy="steps", save_steps=2, **run
+    )
+    if RESUMES:
+        result["resumed"] = train(last, folder / "resumed", resume=resume, **run)[1]
+        result["same"] = same_everywhere(trainer.model, last)
+    return result
 
 
 def refusal(function: Callable[[], Any]) -> str:
@@ -417,7 +450,7 @@ def _let_accelerate_use_several_cpus(args: TrainingArguments) -> None:
 
 if __name__ == "__main__":
     output = Path(sys.argv[2])
-    results = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3, "killed": killed}[sys.argv[1]](output)
+    results = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3, "killed": killed, "adapter": adapter}[sys.argv[1]](output)
     if is_main():
         (output / "results.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
