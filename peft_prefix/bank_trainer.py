@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 
+from .adapters import trained_adapters
 from .errors import PrefixConfigError, PrefixInputError
 from .model import PrefixModel
 from .prefix_names import COLUMN
@@ -38,7 +39,8 @@ class PrefixBankTrainer(Trainer):
         **options: As in the `Trainer`.
 
     Raises:
-        PrefixConfigError: The model has no prefixes, or DeepSpeed or `torch.nn.DataParallel` would run it.
+        PrefixConfigError: The model has no prefixes, an adapter in its base is trained, or DeepSpeed or
+            `torch.nn.DataParallel` would run it.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **options: Any) -> None:
@@ -49,6 +51,11 @@ class PrefixBankTrainer(Trainer):
             raise PrefixConfigError(
                 "PrefixBankTrainer reads and scales each prefix's gradients itself, which DeepSpeed and "
                 "torch.nn.DataParallel do not allow. Use one device, or one process for each (accelerate launch)."
+            )
+        if trained_adapters(model.base):
+            raise PrefixConfigError(
+                "An adapter in the base is trained, and it learns from the rows of all prefixes. Freeze it, or use the "
+                "stock Trainer."
             )
         self._largest_norm = self.args.max_grad_norm
         self.args = copy.copy(self.args)

@@ -247,6 +247,20 @@ def test_it_wants_a_bank(tmp_path: Path) -> None:
     assert arguments.max_grad_norm == settings
 
 
+def test_an_adapter_that_learns_from_all_rows_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = FAMILIES["llama"].build()
+    base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = random_model(base)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(PrefixConfigError, match=r"adapter in the base is trained.*Freeze it"):
+        PrefixBankTrainer(model, arguments)
+    for name, parameter in base.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(False)
+    PrefixBankTrainer(model, arguments)
+
+
 @pytest.mark.parametrize("kind", [StockInOrder, BankInOrder])
 def test_a_mixed_training_is_saved_and_resumed(kind: type[Trainer], tmp_path: Path) -> None:
     model = bank(reparameterization="mlp", mlp_hidden_size=8)
