@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import PrefixConfig
 from .errors import PrefixConfigError, some_of
@@ -28,6 +29,7 @@ class BankEntry:
         name: Its name.
         config: Its configuration.
         module: Its numbers.
+        weights: Its weights for modules of the base.
         serial: A number that no other prefix of the bank has had.
         fillings: How often it was filled anew.
         saved_as: What it was when it was last saved, or made.
@@ -36,6 +38,7 @@ class BankEntry:
     name: str
     config: PrefixConfig
     module: Parameterization
+    weights: ModuleWeights
     serial: int
     fillings: int = 0
     saved_as: Owner | None = None
@@ -45,13 +48,6 @@ class BankEntry:
     def is_trained(self) -> bool:
         """Whether it has parameters that are trained."""
         return any(parameter.requires_grad for parameter in self.module.parameters())
-
-    @property
-    def weights(self) -> ModuleWeights:
-        """Its weights for modules of the base."""
-        weights = self.module.get_submodule(MODULES)
-        assert isinstance(weights, ModuleWeights)
-        return weights
 
     def owner(self, bank: PrefixBank) -> Owner:
         """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
@@ -121,12 +117,13 @@ class PrefixBank(nn.ModuleDict):
                 lambda: [] if (known := bank()) is None else list(known.parameters()),
             )
             weakref.finalize(module, watch.stop)
-        module.add_module(MODULES, weights)
-        if not is_trainable:
-            weights.requires_grad_(False)
+        if isinstance(module, StoredPrefix):
+            module.keep(weights.requires_grad_(False))
+        else:
+            module.add_module(MODULES, weights)
         self._installed += 1
         self[name] = module.train(self.training)
-        entry = BankEntry(name, config, module, self._installed)
+        entry = BankEntry(name, config, module, weights, self._installed)
         entry.saved_as = entry.owner(self)
         self.entries[name] = entry  # at last: another thread may be reading
 
@@ -173,23 +170,29 @@ class PrefixBank(nn.ModuleDict):
         Returns:
             Plain keys and values, and the weights of the modules that are saved with them, by name.
         """
-        module = entry.module
+        module, held = entry.module, entry.weights.saved()
         own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        tensors = whole(own) if state is None else {key: state[f"{entry.name}.{key}"].detach().clone() for key in own}
+        if state is None or isinstance(module, StoredPrefix):
+            tensors = whole({**own, **held})
+        else:
+            tensors = {key: state[f"{entry.name}.{key}"].detach().clone() for key in own}
         modules = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}
         return {**module.plain({key: tensor for key, tensor in tensors.items() if key not in modules}), **modules}
 
-    def require_usable(self, names: Collection[str]) -> None:
+    def require_usable(self, used: Mapping[str, Parameterization]) -> None:
         """Check that prefixes can be read and trained here, in this process.
+
+        Args:
+            used: Those that a call reads, by name.
 
         Raises:
             PrefixInputError: Their numbers are elsewhere, or others would be waited for.
         """
         if torch.compiler.is_compiling():
             return
-        for name in names:
-            require_whole(self[name])
-        require_all_used(self, names)
+        for module in used.values():
+            require_whole(module)
+        require_all_used(self, used)
 
     def get_extra_state(self) -> torch.Tensor:
         """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""
@@ -211,6 +214,8 @@ class PrefixBank(nn.ModuleDict):
             )
         if name in self.entries:
             raise PrefixConfigError(f"There is a prefix {name!r} already; choose another name.")
+        if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            raise PrefixConfigError(f"{name!r} would name the folder of a training checkpoint; choose another name.")
         if hasattr(self, name):
             raise PrefixConfigError(f"{name!r} means something else in Python; choose another name.")
 

@@ -39,38 +39,50 @@ class PrefixBankTrainer(Trainer):
         **options: As in the `Trainer`.
 
     Raises:
-        PrefixConfigError: The model has no prefixes, an adapter in its base is trained, or DeepSpeed or
-            `torch.nn.DataParallel` would run it.
+        PrefixConfigError: The model is no `PrefixModel` of a language model, or losses or gradients of prefixes cannot
+            be told apart: with DeepSpeed, `torch.nn.DataParallel`, a loss function of one's own, adapters that are
+            trained, experts that are balanced, or smoothed labels where the base's loss does not count tokens.
     """
 
     def __init__(self, model: Any = None, args: Any = None, *more: Any, **options: Any) -> None:
         if not isinstance(model, PrefixModel):
             raise PrefixConfigError("PrefixBankTrainer trains a PrefixModel: make it with get_prefix_model.")
         super().__init__(model, args, *more, **options)
-        if self.is_deepspeed_enabled or self.args.n_gpu > 1:
-            raise PrefixConfigError(
-                "PrefixBankTrainer reads and scales each prefix's gradients itself, which DeepSpeed and "
-                "torch.nn.DataParallel do not allow. Use one device, or one process for each (accelerate launch)."
-            )
-        if trained_adapters(model.base):
-            raise PrefixConfigError(
-                "An adapter in the base is trained, and it learns from the rows of all prefixes. Freeze it, or use the "
-                "stock Trainer."
-            )
+        self._config: Any = model.base.config
+        self._require_separate_losses(model)
         self._largest_norm = self.args.max_grad_norm
         self.args = copy.copy(self.args)
         self.args.max_grad_norm = 0.0  # all prefixes together would be clipped
         self._bank = model.prefixes
         self._targets: Counter[str] = Counter()
         self._norm = 0.0
+        self._watched: Any = None
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The `Trainer`'s optimizer, which separates prefixes before each step."""
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new:
-            optimizer.register_step_pre_hook(lambda *_: self._separate())
-        return optimizer
+    def _require_separate_losses(self, model: PrefixModel) -> None:
+        """Check that the loss is a sum over target tokens, of which each is about one prefix.
+
+        Raises:
+            PrefixConfigError: It is not, or something else computes it.
+        """
+        balanced = getattr(model.base.config.get_text_config(decoder=True), "output_router_logits", False)
+        smoothed = self.label_smoother is not None and not self.model_accepts_loss_kwargs
+        reasons = {
+            "runs in one process for each device, without DeepSpeed and torch.nn.DataParallel, which keep gradients to "
+            "themselves: use accelerate launch": self.is_deepspeed_enabled or self.args.n_gpu > 1,
+            "does not train adapters in the base, which learn from all rows: freeze them": trained_adapters(model.base),
+            "is for language models, whose loss is about tokens": not model.can_generate(),
+            "uses the loss of the model: leave compute_loss_func out": self.compute_loss_func is not None,
+            f"does not smooth labels for {type(model.base).__name__}, whose loss does not count tokens": smoothed,
+            "does not balance experts, which all rows share: set output_router_logits=False in the config": balanced,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise PrefixConfigError(f"PrefixBankTrainer {reason}. Or use the stock Trainer.")
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next step, as the `Trainer`'s."""
+        self._targets = Counter()  # what a step that was skipped or failed has counted is void
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, of the sum over all target tokens.
@@ -83,12 +95,14 @@ class PrefixBankTrainer(Trainer):
                 f"The batch has no {COLUMN!r} or no 'labels', but {', '.join(inputs)}. The data set needs a column "
                 f"{COLUMN!r}, and a collator that keeps it: PrefixNamesCollator or PromptTargetCollator."
             )
-        targets = _targets_of(inputs, is_causal=not model_of(model).config.is_encoder_decoder)
-        for name, count in zip(inputs[COLUMN], targets.tolist(), strict=True):
-            if name is not None:
-                self._targets[name] += count
+        entries = [None if name is None else self._bank.entry(name) for name in inputs[COLUMN]]
+        targets = self._targets_of(inputs)
+        for entry, count in zip(entries, targets.tolist(), strict=True):
+            if entry is not None:
+                self._targets[entry.name] += count
+        self._watch(self.optimizer)
         one = torch.ones((), device=targets.device)
-        if any(name is not None and self._bank.entry(name).is_trained for name in inputs[COLUMN]):
+        if any(entry is not None and entry.is_trained for entry in entries):
             loss = super().training_step(model, inputs, one)
         else:
             loss = self._nothing_to_learn(model, inputs, one)
@@ -106,9 +120,22 @@ class PrefixBankTrainer(Trainer):
         """The loss; in training the sum over target tokens, whatever the base's loss counts."""
         if not model.training or self.model_accepts_loss_kwargs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        total = (inputs["labels"] != IGNORED).sum()
+        total = self._targets_of(inputs).sum()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss * total * self.current_gradient_accumulation_steps  # by which it is divided afterwards
+
+    def _watch(self, optimizer: Any) -> None:
+        """Separate prefixes before each step of an optimizer, whoever made it."""
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate stands around it
+        if inner is not self._watched:
+            inner.register_step_pre_hook(lambda *_: self._separate())
+            self._watched = inner
+
+    def _targets_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """How many tokens each row's loss is about, `(batch,)`."""
+        labels = inputs["labels"]
+        learned = labels if self._config.is_encoder_decoder else labels[:, 1:]
+        return learned.ne(IGNORED).sum(dim=1)  # type: ignore[no-any-return]
 
     def _nothing_to_learn(self, model: nn.Module, inputs: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         """The loss of a batch whose rows train no prefix."""
@@ -139,14 +166,3 @@ class PrefixBankTrainer(Trainer):
                 norms.append(nn.utils.clip_grad_norm_(own, self._largest_norm or math.inf).cpu())
         self._norm = float(torch.stack(norms).max())
         self._targets = Counter()
-
-
-def model_of(model: nn.Module) -> Any:
-    """The model inside of what wraps it for several processes."""
-    return getattr(model, "module", model)
-
-
-def _targets_of(inputs: Mapping[str, Any], is_causal: bool) -> torch.Tensor:
-    """How many tokens each row's loss is about, `(batch,)`."""
-    labels = inputs["labels"]
-    return (labels[:, 1:] if is_causal else labels).ne(IGNORED).sum(dim=1)  # type: ignore[no-any-return]

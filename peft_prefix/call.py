@@ -74,6 +74,19 @@ class PrefixCall:
     replayed: dict[tuple[str, int], KeyValue] = field(default_factory=dict)
     _columns: list[tuple[str, int, PrefixColumns]] = field(default_factory=list)
 
+    def begin_pass(self, rows: int) -> None:
+        """Note how many rows the decoder runs.
+
+        Raises:
+            PrefixInputError: They have become other rows in the middle of a call.
+        """
+        if len(self.prefixes) > 1 and self.rows_of_pass not in (0, rows):
+            raise PrefixInputError(
+                f"The base goes on with {rows} rows where it began with {self.rows_of_pass}, and which prefix each of "
+                "them has cannot be told. Generate such inputs (long recordings, for example) one by one."
+            )
+        self.rows_of_pass = rows
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Where a prefix acts in some row."""

@@ -115,8 +115,6 @@ class DecoderInjection:
             if self.has_windows:
                 places = self._places(positions, known, new_tokens, seen)
                 columns = call.in_windows(columns, places, rows, self.text_config)
-            if mask is None and columns.lengths is not None:
-                mask = _open_mask(new_tokens, past, seen)
             result["attention_mask"] = self._mask(mask, columns, positions, new_tokens, past_self)
         result["past_key_values"] = self._prefixed(prefix, past, order)
         # Some decoders hand their layers no cache unless one is wanted.
@@ -182,8 +180,10 @@ class DecoderInjection:
         if special and not is_prepared:
             mask = model_masks(self.base, self.text_config, mask, past, text_positions, new_tokens)
             return with_prefix_columns(mask, columns, new_tokens, past, kind)
-        if mask is None:
+        if mask is None and columns.lengths is None:
             return None
+        if mask is None:
+            mask = _open_mask(new_tokens, past)
         return with_prefix_columns(self._readable(mask), columns, new_tokens, past, kind)
 
     def _readable(self, mask: Any) -> Any:
@@ -355,13 +355,14 @@ class DecoderInjection:
         )
 
 
-def _open_mask(new_tokens: torch.Tensor, past: Cache | None, seen: int | torch.Tensor) -> torch.Tensor:
+def _open_mask(new_tokens: torch.Tensor, past: Cache | None) -> torch.Tensor:
     """The 2D mask of a text without padding; a cache of fixed size may be wider than the text, which changes nothing.
 
     (What has not been written yet is hidden by causality.)
     """
-    rows, length = new_tokens.shape[:2]
-    columns = past.get_max_length() if past is not None and past.is_compileable else int(seen) + length
+    rows, columns = new_tokens.shape[:2]
+    if past is not None:
+        columns = past.get_max_length() if past.is_compileable else int(past.get_seq_length()) + columns
     return torch.ones(rows, columns, dtype=torch.long, device=new_tokens.device)
 
 

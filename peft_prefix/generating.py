@@ -34,7 +34,7 @@ class GeneratingModel(RunningModel):
         self._require_head()
         if _wants_pages(*args, **kwargs):
             raise PrefixInputError('Not cache_implementation="paged" but generate_batch runs requests in pages.')
-        readers = self._readers(prefix_names, dict(zip(("inputs",), args, strict=False)) | kwargs)
+        readers = self._readers(prefix_names, dict(zip(("inputs",), args, strict=False)) | kwargs, 1)
         if readers is None:
             require_no_prefix(kwargs)
             with outside_of_calls(), base_weights():

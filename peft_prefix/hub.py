@@ -1,14 +1,32 @@
-"""Finding a saved prefix, on disk or on the Hub."""
+"""Finding a saved prefix, on disk or on the Hub, and uploading one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers.utils import PushToHubMixin
 
 from .checkpoint import TENSOR_FILE
 from .errors import PrefixFileError
+
+
+class Upload(PushToHubMixin):
+    """What `push_to_hub` of transformers uploads: whatever one function writes to a folder.
+
+    Args:
+        write: Writes the files.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+
+    def save_pretrained(self, folder: str, **_: Any) -> None:
+        """Write the files; how large weights are split means nothing to them."""
+        self._write(folder)
 
 
 def locate_prefix(

@@ -185,7 +185,7 @@ class Injection:
             arguments = injection.named(args, kwargs)
             if self.structure.encoder is not None:
                 call.source_length = arguments["encoder_hidden_states"].shape[1]
-            call.rows_of_pass = new_tokens_of(arguments).shape[0]
+            call.begin_pass(new_tokens_of(arguments).shape[0])
             entered = injection.enter(arguments, call)
             call.cache = entered["past_key_values"]
             return entered, self._opened(call) if self.local_windows.modules else None

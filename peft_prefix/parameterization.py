@@ -148,6 +148,7 @@ class StoredPrefix(Parameterization):
         super().__init__(geometry, config)
         self.device = device
         self.stored: dict[str, torch.Tensor] = {}
+        self._kept: list[nn.Module] = []
 
     @property
     def stays_behind(self) -> bool:
@@ -157,6 +158,10 @@ class StoredPrefix(Parameterization):
     def rows(self, site: str) -> torch.Tensor:
         """The numbers of one site, `(p, N)`."""
         return self.stored[site]
+
+    def keep(self, module: nn.Module) -> None:
+        """Take a module along that belongs to the prefix; it is none of the model's either."""
+        self._kept.append(module)
 
     def start_from(self, tensors: PrefixTensors) -> None:
         """Keep the given keys and values, in their dtype."""
@@ -179,6 +184,8 @@ class StoredPrefix(Parameterization):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        for module in self._kept:
+            module._apply(fn, recurse)
         if self.device is None:
             self.stored = {site: fn(rows) for site, rows in self.stored.items()}
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Readers:
         if len(entries) > 1 and all(entry is entries[0] for entry in entries):
             entries = entries[:1]
         used = {entry.name: entry for entry in entries if entry is not None}
-        bank.require_usable(used)
+        bank.require_usable({name: entry.module for name, entry in used.items()})
         self.bank = bank
         self.entries = entries
         known = {name: _row_prefix(entry, bank) for name, entry in used.items()}
@@ -64,19 +64,22 @@ class Readers:
         return OnePerRow(modules, dropouts, geometry, home(base), _devices(base, structure))
 
 
-def named_entries(bank: PrefixBank, names: object, arguments: Mapping[str, Any]) -> list[BankEntry | None]:
+def named_entries(
+    bank: PrefixBank, names: object, arguments: Mapping[str, Any], default_rows: int | None = None
+) -> list[BankEntry | None]:
     """The prefixes of a call by their names, one for each row.
 
     Args:
         bank: All prefixes of the model.
         names: What the user gave.
         arguments: The arguments of the call by name, to see how many rows it has.
+        default_rows: How many it has without inputs.
 
     Raises:
         PrefixInputError: It is no list of names, or not one for each row.
         PrefixConfigError: There is no prefix of a name.
     """
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, (str, Mapping, Set)) or not isinstance(names, Iterable):
         raise PrefixInputError(
             f'prefix_names is a list with one name for each row, such as ["a", "b", None], not {names!r}.'
         )
@@ -89,7 +92,7 @@ def named_entries(bank: PrefixBank, names: object, arguments: Mapping[str, Any])
             else f"A name in prefix_names is a string, or None for a row without a prefix, not {strange[0]!r}."
         )
     entries = [None if name is None else bank.entry(name) for name in names]
-    rows = rows_of(arguments)
+    rows = rows_of(arguments) or default_rows
     if rows is not None and rows != len(names):
         raise PrefixInputError(f"prefix_names has {len(names)} names for {rows} rows: one for each row is needed.")
     return entries

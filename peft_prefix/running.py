@@ -173,11 +173,15 @@ class RunningModel(WrappedModel):
         # A head of the prefix's own works only inside of a pass.
         return self._label_only_logits and not readers.weights.module_names and self._label_logits.applies_to(arguments)
 
-    def _readers(self, names: PrefixNames | None, arguments: Mapping[str, Any]) -> Readers | None:
+    def _readers(
+        self, names: PrefixNames | None, arguments: Mapping[str, Any], default_rows: int | None = None
+    ) -> Readers | None:
         """Who reads which prefix in a call with these arguments; `None` if nobody reads one."""
         if names is None and self._disabled:
             return None
-        entries = [self.prefixes.entry()] if names is None else named_entries(self.prefixes, names, arguments)
+        entries = (
+            [self.prefixes.entry()] if names is None else named_entries(self.prefixes, names, arguments, default_rows)
+        )
         if self._disabled or all(entry is None for entry in entries):
             return None
         return Readers(self.prefixes, entries)

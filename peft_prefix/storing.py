@@ -27,7 +27,7 @@ from .errors import (
 )
 from .fingerprint import difference, weights_fingerprint
 from .generating import GeneratingModel
-from .hub import locate_prefix
+from .hub import Upload, locate_prefix
 from .modules_to_save import ModuleWeights
 from .parameterization import PrefixTensors
 from .placement import home, layer_devices
@@ -86,13 +86,13 @@ class StoringModel(GeneratingModel):
             save_function: Ignored: a prefix is always safetensors. (`accelerator.save` is passed in many scripts.)
 
         Raises:
-            PrefixConfigError: There is no prefix of that name.
+            PrefixConfigError: There is no prefix of that name, or none is named and active where one is to be uploaded.
             PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
             PrefixInputError: The prefix is spread over several processes, and `state_dict` lacks it.
         """
         if not is_main_process and state_dict is not None:
             return
-        chosen = self._to_be_saved(prefix_name)
+        chosen = self._to_be_saved(self.prefixes.entry().name if push_to_hub and prefix_name is None else prefix_name)
         state = self._gathered(state_dict)
         if not is_main_process:
             return
@@ -113,7 +113,34 @@ class StoringModel(GeneratingModel):
         else:
             self._warn_of_unsaved()
         if push_to_hub:
-            self.push_to_hub(repo_id or directory.name, token=token)  # type: ignore[arg-type]
+            self.push_to_hub(repo_id or directory.name, prefix_name=prefix_name, dtype=dtype, token=token)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        prefix_name: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> str:
+        """Upload one prefix, the active one if none is named, and nothing else.
+
+        Args:
+            repo_id: Repository on the Hub; made if it is missing.
+            prefix_name: Which prefix.
+            dtype: Floating-point dtype of `prefix.safetensors`.
+            **options: As in transformers: `commit_message`, `commit_description`, `private`, `token`, `revision`,
+                `create_pr`, `tags`.
+
+        Returns:
+            The address of the commit, as transformers gives it.
+
+        Raises:
+            PrefixConfigError: There is no prefix of that name, or none is named and none is active.
+        """
+        name = self.prefixes.entry(prefix_name).name
+        upload = Upload(lambda folder: self.save_pretrained(folder, prefix_name=name, dtype=dtype))
+        return upload.push_to_hub(repo_id, **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

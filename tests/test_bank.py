@@ -53,6 +53,8 @@ def test_unknown_names_fail_before_anything_is_computed() -> None:
         ([], PrefixInputError, "empty"),
         ("long", PrefixInputError, "a list with one name for each row"),
         (7, PrefixInputError, "a list with one name for each row"),
+        ({"long", "short"}, PrefixInputError, "a list with one name for each row"),
+        ({"long": 1, "short": 2}, PrefixInputError, "a list with one name for each row"),
         (["long", 7], PrefixInputError, "a string, or None for a row without a prefix, not 7"),
     ]
     for names, error, message in wrong:
@@ -70,6 +72,8 @@ def test_unknown_names_fail_before_anything_is_computed() -> None:
 
 def test_names_that_cannot_name_a_folder_and_names_that_are_taken() -> None:
     model = llama_bank()
+    with pytest.raises(PrefixConfigError, match="a training checkpoint"):
+        model.add_prefix("checkpoint-3", PrefixConfig(num_virtual_tokens=2, init="zeros"))
     for name in ("", "a/b", "..", "a b", "ä", "x" * 101, None, 3, "a\n", ".hidden"):
         with pytest.raises(PrefixConfigError, match="letters, digits"):
             model.add_prefix(name, PrefixConfig(num_virtual_tokens=2, init="zeros"))  # type: ignore[arg-type]
@@ -402,3 +406,103 @@ def test_a_removed_prefix_leaves_memory() -> None:
     model.remove_prefix("short")
     gc.collect()
     assert reference() is None
+
+
+def test_a_generation_without_a_prompt_has_one_row() -> None:
+    model = llama_bank()
+    expected = model.generate(**GREEDY, prefix_names=["long"])
+    model.set_prefix("long")
+    assert torch.equal(model.generate(**GREEDY), expected)
+    for names in (["long", "short"], ["long"] * 3):
+        with pytest.raises(PrefixInputError, match="names for 1 rows"):
+            model.generate(max_new_tokens=3, num_return_sequences=2, do_sample=True, prefix_names=names)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2_5_vl"])
+def test_packed_texts_stay_apart_in_mixed_rows(family: str) -> None:
+    model = bank_of(FAMILIES[family].build())
+    text, positions = tokens(3, 12), torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    names = ["long", None, "short"]
+    with torch.no_grad():
+        packed = model(input_ids=text, position_ids=positions, use_cache=False, prefix_names=names).logits
+        for part in (slice(0, 5), slice(5, 12)):
+            alone = model(input_ids=text[:, part], use_cache=False, prefix_names=names).logits
+            assert_close(packed[:, part], alone)
+
+
+def test_rows_that_leave_a_batch_on_the_way_are_an_error() -> None:
+    """As recordings do of which Whisper has heard the end."""
+    model = bank_of(FAMILIES["whisper"].build())
+    source, names = source_of(model.base, 2), ["long", "short"]
+
+    class Leaving:
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            first = {name: value[:1] for name, value in source.items()}
+            model.base(**first, decoder_input_ids=tokens(2, 3)[:1].expand(2, -1), encoder_outputs=encoded)
+            return scores
+
+    with torch.no_grad():
+        encoded = model.get_encoder()(**source, prefix_names=names)
+    with pytest.raises(PrefixInputError, match=r"goes on with 2 rows where it began with 4.*one by one"):
+        model.generate(**source, **GREEDY, num_beams=2, prefix_names=names, logits_processor=[Leaving()])
+
+
+def test_only_the_prefix_that_is_named_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_prefix.hub import Upload
+
+    model, uploaded = llama_bank(), {}
+
+    def upload(self: Upload, repo_id: str, **options: Any) -> str:
+        self.save_pretrained(str(tmp_path / "upload" / repo_id), max_shard_size="50GB")
+        files = [path for path in (tmp_path / "upload" / repo_id).rglob("*") if path.is_file()]
+        uploaded[repo_id] = {str(path.relative_to(tmp_path / "upload" / repo_id)) for path in files}
+        return "address"
+
+    monkeypatch.setattr(Upload, "push_to_hub", upload)
+    model.set_prefix("long")
+    for parameter in model.prefixes.parameters():
+        torch.nn.init.constant_(parameter, 0.5)
+    with pytest.warns(PrefixWarning, match="not saved here"):
+        model.save_pretrained(
+            tmp_path / "short", prefix_name="short", push_to_hub=True, repo_id="mine", dtype=torch.bfloat16
+        )
+    model.set_prefix(None)
+    with pytest.warns(PrefixWarning, match="not saved here"):
+        assert model.push_to_hub("other", prefix_name="other") == "address"
+    assert set(uploaded) == {"mine", "other"}
+    assert all(files == {"prefix.safetensors", "prefix_config.json"} for files in uploaded.values())
+    loaded = PrefixModel.from_pretrained(model.base, tmp_path / "upload" / "mine")
+    assert loaded.prefixes.entry().config.num_virtual_tokens == LENGTHS["short"]
+    assert next(iter(loaded.prefix_state_dict().values())).dtype == torch.bfloat16
+    for call in (
+        lambda: model.push_to_hub("none"),
+        lambda: model.save_pretrained(tmp_path / "none", push_to_hub=True, repo_id="none"),
+    ):
+        with pytest.raises(PrefixConfigError, match="No prefix is active"):
+            call()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_frozen_classifier_is_in_no_training_state(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    base = LlamaForSequenceClassification(LlamaConfig(**dict(FAMILIES["llama"].kwargs, num_labels=3))).eval()
+    first = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3))
+    with torch.no_grad():
+        first.prefixes.entry().weights.get_parameter("score.weight").normal_()
+    first.save_pretrained(tmp_path / "ada")
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3))
+    model.load_prefix(tmp_path / "ada", "ada")
+    assert not [name for name in model.state_dict() if ".ada." in name]
+    assert not [name for name, _ in model.named_parameters() if ".ada." in name]
+    text = tokens(2, 5)
+    with torch.no_grad():
+        expected = first(input_ids=text).logits
+        assert torch.equal(model(input_ids=text, prefix_names=["ada", "ada"]).logits, expected)
+        assert torch.equal(copy.deepcopy(model)(input_ids=text, prefix_names=["ada", "ada"]).logits, expected)
+        model.to(torch.float64)
+        assert model.prefixes.entry("ada").weights.get_parameter("score.weight").dtype == torch.float64
+        model.to(torch.float32)
+    model.save_pretrained(tmp_path / "again", prefix_name="ada")
+    first_file, again = ((tmp_path / name / "prefix.safetensors").read_bytes() for name in ("ada", "again"))
+    assert first_file[-64:] == again[-64:]

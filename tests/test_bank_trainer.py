@@ -15,6 +15,8 @@ from tiny_tokenizer import tiny_tokenizer
 from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForTokenClassification,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -253,12 +255,96 @@ def test_an_adapter_that_learns_from_all_rows_is_refused(tmp_path: Path) -> None
     base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model = random_model(base)
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    with pytest.raises(PrefixConfigError, match=r"adapter in the base is trained.*Freeze it"):
+    with pytest.raises(PrefixConfigError, match="does not train adapters in the base"):
         PrefixBankTrainer(model, arguments)
     for name, parameter in base.named_parameters():
         if "lora" in name:
             parameter.requires_grad_(False)
     PrefixBankTrainer(model, arguments)
+
+
+def test_an_optimizer_of_ones_own_is_separated_too(tmp_path: Path) -> None:
+    model = bank()
+    rows = rows_of(model, ["a", "b", "b", "a"])
+    _, expected = train(BankInOrder, copy.deepcopy(model), rows, tmp_path, optim="sgd", lr_scheduler_type="constant")
+    optimizer = torch.optim.SGD(model.prefixes.parameters(), lr=3e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer = BankInOrder(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            num_train_epochs=2,
+            max_grad_norm=0.05,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=rows,
+        data_collator=PrefixNamesCollator(default_data_collator),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train()
+    for name in ("a", "b"):
+        assert same(model.prefix_state_dict(name), expected[name])
+
+
+def test_a_step_that_was_skipped_or_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = bank()
+    rows = rows_of(model, ["a", "b", "b", "a"])
+    _, expected = train(BankInOrder, copy.deepcopy(model), rows, tmp_path, num_train_epochs=1)
+    broken = [{**row, "prefix_names": "typo"} if place == 3 else row for place, row in enumerate(rows)]
+    settings = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=3e-2,
+        max_grad_norm=0.05,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = BankInOrder(
+        model=model, args=settings, train_dataset=broken, data_collator=PrefixNamesCollator(default_data_collator)
+    )
+    with pytest.raises(PrefixConfigError, match="no prefix 'typo'"):
+        trainer.train()
+    trainer._targets["a"] += 100  # as a step counts that a gradient scaler has skipped
+    trainer.train_dataset = rows
+    trainer.train()
+    for name in ("a", "b"):
+        assert same(model.prefix_state_dict(name), expected[name])
+
+
+def test_a_label_on_the_first_token_counts_for_nobody(tmp_path: Path) -> None:
+    model = bank("qwen2_5_vl")
+    rows = rows_of(model, ["a", "b", "b", "a"])
+    changed = copy.deepcopy(rows)
+    changed[1]["labels"][0] = 7  # no causal model learns it
+    one, two = (train(BankInOrder, copy.deepcopy(model), own, tmp_path)[1] for own in (rows, changed))
+    assert same(one["a"], two["a"])
+    assert same(one["b"], two["b"])
+
+
+def test_what_cannot_be_kept_apart_is_refused(tmp_path: Path) -> None:
+    def arguments(**more: Any) -> TrainingArguments:
+        return TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **more)
+
+    with pytest.raises(PrefixConfigError, match="does not smooth labels for BartForConditionalGeneration"):
+        PrefixBankTrainer(bank("bart"), arguments(label_smoothing_factor=0.1))
+    PrefixBankTrainer(bank("llama"), arguments(label_smoothing_factor=0.1))
+    with pytest.raises(PrefixConfigError, match="leave compute_loss_func out"):
+        PrefixBankTrainer(bank(), arguments(), compute_loss_func=lambda *_, **__: None)
+    model = bank("mixtral")
+    PrefixBankTrainer(model, arguments())
+    model.base.config.output_router_logits = True
+    with pytest.raises(PrefixConfigError, match="does not balance experts"):
+        PrefixBankTrainer(model, arguments())
+    config = LlamaConfig(**FAMILIES["llama"].kwargs)  # type: ignore[arg-type]
+    with pytest.raises(PrefixConfigError, match="is for language models"):
+        PrefixBankTrainer(random_model(LlamaForTokenClassification(config)), arguments())
 
 
 @pytest.mark.parametrize("kind", [StockInOrder, BankInOrder])

@@ -591,7 +591,8 @@ def test_saved_equals_loaded(head: str, is_trainable: bool, reparameterization: 
     text = tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(answers(loaded(input_ids=text)), answers(model(input_ids=text)))
-    assert {p.requires_grad for p in loaded.prefixes.parameters()} == {is_trainable}
+    assert loaded.prefixes.entry().is_trained == is_trainable
+    assert {p.requires_grad for p in loaded.prefixes.entry().weights.parameters()} == {is_trainable}
     assert loaded.prefixes.entry().config == model.prefixes.entry().config
     for name, tensor in model.prefix_state_dict().items():
         assert torch.equal(loaded.prefix_state_dict()[name], tensor)
