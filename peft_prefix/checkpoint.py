@@ -239,10 +239,12 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
             one each time.
     """
     left_out = tuple(f"{name}." for name in without)
-    repeated = repeated_names(base)
+    weights = list(base.named_parameters())
+    # Only what is put aside has hidden that it is another one; a bank asks for the fingerprint with each prefix.
+    repeated = repeated_names(base) if any(weight.is_meta for _, weight in weights) else ()
     matrices = sorted(
         (name, weight)
-        for name, weight in base.named_parameters()
+        for name, weight in weights
         if weight.dim() >= 2 and weight.is_floating_point() and not name.startswith(left_out) and name not in repeated
     )
     quantized = getattr(base, "hf_quantizer", None) is not None
