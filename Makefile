@@ -47,9 +47,10 @@ demo: $(VENV)/.stamp-demo ## run the demo: prefix-tune a small model on the CPU
 	$(VENV)/bin/python examples/demo.py $(ARGS)
 
 .PHONY: benchmark
-benchmark: $(VENV)/.stamp-demo ## measure what a prefix costs in time and memory
+benchmark: $(VENV)/.stamp-demo $(VENV)/.stamp-benchmark ## measure what prefixes cost, and what many of them do at once
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
 	$(VENV)/bin/python benchmarks/memory.py $(ARGS)
+	$(VENV)/bin/python benchmarks/serving.py $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.stamp-demo $(VENV)/.stamp-test ## run the tests
@@ -90,6 +91,10 @@ $(VENV)/.stamp-demo: $(REQUIREMENTS) | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-test: $(REQUIREMENTS) | $(VENV)/.stamp-venv
 	$(call install,$(VENV),constraints.txt,test$(comma)integrations)
+	@touch $@
+
+$(VENV)/.stamp-benchmark: $(REQUIREMENTS) | $(VENV)/.stamp-venv
+	$(call install,$(VENV),constraints.txt,benchmark)
 	@touch $@
 
 $(VENV)/.stamp-docs: $(REQUIREMENTS) | $(VENV)/.stamp-venv

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
 import sys
 from pathlib import Path
 
 import torch
 import transformers
+from measuring import mebibytes
 from rich.console import Console
 
 from peft_prefix import PrefixConfig, get_prefix_model
@@ -89,17 +89,10 @@ def peak_of_step(
         model.zero_grad()
 
     step()
-    before = _mebibytes("VmRSS")
+    before = mebibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     step()
-    return _mebibytes("VmHWM") - before
-
-
-def _mebibytes(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    match = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
-    assert match is not None
-    return int(match[1]) / 1024
+    return mebibytes("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -11,22 +11,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from measuring import Seconds, Variants, measured, ratios
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from peft_prefix import PrefixConfig, PrefixModel, get_prefix_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import smollm2
-
-Variants = dict[str, Callable[[], object]]
 
 
 def main() -> None:
@@ -95,27 +92,12 @@ def decoding(base: PreTrainedModel, model: PrefixModel, ids: torch.Tensor, new: 
     }
 
 
-def measured(variants: Variants, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in variants.values():
-        variant()
-    for number in track(range(rounds), description="measuring", transient=True):
-        names = list(variants)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # each is the first one in turn
-            start = time.perf_counter()
-            variants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def report(console: Console, what: str, seconds: dict[str, list[float]]) -> None:
+def report(console: Console, what: str, seconds: Seconds) -> None:
     """A Markdown table: medians, and the median and the quartiles of ratios to the first variant."""
     reference = next(iter(seconds.values()))
     lines = ["", f"| {what} | milliseconds | of the base | quartiles |", "| --- | --: | --: | --: |"]
     for name, values in seconds.items():
-        ratios = [value / other for value, other in zip(values, reference, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = ratios(values, reference)
         time_of = 1000 * statistics.median(values)
         lines.append(f"| {name} | {time_of:.0f} | {middle:.3f} | {low:.3f} to {high:.3f} |")
     console.print("\n".join(lines), highlight=False)

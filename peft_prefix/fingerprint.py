@@ -30,10 +30,12 @@ def weights_fingerprint(base: PreTrainedModel, without: Iterable[str] = ()) -> s
             one each time.
     """
     left_out = tuple(f"{name}." for name in without)
-    repeated = repeated_names(base)
+    everything = list(base_parameters(base))
+    # Only what is put aside has hidden that it is another one; a bank asks for the fingerprint with each prefix.
+    repeated = repeated_names(base) if any(one.parameter.is_meta for one in everything) else ()
     matrices = [
         one
-        for one in base_parameters(base)
+        for one in everything
         if one.acts
         and one.parameter.dim() >= 2
         and one.parameter.is_floating_point()

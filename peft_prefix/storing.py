@@ -345,7 +345,8 @@ class StoringModel(GeneratingModel):
         trainable: bool = True,
         stays_on: torch.device | None = None,
     ) -> None:
-        devices = layer_devices(self.base, self._injection.structure)
+        # One that is not trained stays together.
+        devices = layer_devices(self.base, self._injection.structure) if trainable else {}
         self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable, stays_on)
 
     def _to_be_saved(self, prefix_name: str | None) -> dict[str, BankEntry]:
@@ -393,7 +394,7 @@ class StoringModel(GeneratingModel):
 
     def _weights_for(self, config: PrefixConfig, file: Path) -> ModuleWeights:
         names = config.modules_to_save or ()
-        missing = set(names) - {name for name, _ in self.base.named_modules()}
+        missing = set(names) - {name for name, _ in self.base.named_modules()} if names else set()
         if missing:
             raise IncompatibleBaseError(
                 f"{file} was trained together with {some_of(sorted(missing))}, which {_name_of(self.base)} does not "
