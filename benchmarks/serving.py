@@ -198,30 +198,41 @@ class Benchmark:
         """One step of many prefixes in a mixed batch, against a step of each."""
         lines = [
             "",
-            "| prefixes, 2 rows each | rows per second, one after the other | at once | ratio | quartiles |",
-            "| --- | --: | --: | --: | --: |",
+            "| prefixes | rows of each | lengths | rows/s, one after the other | at once | ratio | quartiles |",
+            "| --- | --: | --- | --: | --: | --: | --: |",
         ]
         for count in self.options.trained:
-            steps = self.training_steps(count)
-            seconds = list(measured(steps, self.options.rounds, self.clock).values())
-            low, middle, high = ratios(*seconds)
-            rates = (2 * count / quartiles(values)[1] for values in seconds)
-            lines.append(
-                f"| {count} | {' | '.join(f'{rate:.1f}' for rate in rates)} | {middle:.2f} | {low:.2f} to {high:.2f} |"
-            )
+            for rows, alike in ((1, True), (2, True), (2, False)):
+                steps = self.training_steps(count, rows, alike)
+                seconds = list(measured(steps, self.options.rounds, self.clock).values())
+                low, middle, high = ratios(*seconds)
+                rates = " | ".join(f"{rows * count / quartiles(values)[1]:.1f}" for values in seconds)
+                what = "similar" if alike else "as drawn"
+                lines.append(f"| {count} | {rows} | {what} | {rates} | {middle:.2f} | {low:.2f} to {high:.2f} |")
         self.console.print("\n".join(lines), highlight=False)
 
-    def training_steps(self, count: int) -> Variants:
-        """A step of each of some prefixes, one after the other and at once."""
+    def training_steps(self, count: int, rows_each: int, alike: bool) -> Variants:
+        """A step of each of some prefixes, one after the other and at once.
+
+        Args:
+            count: How many prefixes.
+            rows_each: Rows of each in a step.
+            alike: Take rows of similar length, as the `Trainer` does with `group_by_length`.
+        """
         names = names_of(count)
         model = PrefixModel(self.base)
         for seed, name in enumerate(names):
             model.add_prefix(name, PrefixConfig(num_virtual_tokens=self.options.virtual_tokens, init_seed=seed))
         collate = PromptTargetCollator(self.tokenizer, model)
         examples, _ = table_to_text.load(str(table_to_text.SAMPLE), "train")
-        rows = [table_to_text.row_of(example) for example in table_to_text.draw(examples, 2 * count, seed=0)]
-        each = [(name, collate(rows[2 * place : 2 * place + 2])) for place, name in enumerate(names)]
-        every, row_names = collate(rows), [name for name in names for _ in range(2)]
+        total = rows_each * count
+        drawn = table_to_text.draw(examples, len(examples) if alike else total, seed=0)
+        rows = [table_to_text.row_of(example) for example in drawn]
+        if alike:
+            rows.sort(key=lambda row: len(row["prompt"] + row["target"]))
+            rows = rows[(len(rows) - total) // 2 :][:total]
+        each = [(name, collate(rows[k * rows_each : (k + 1) * rows_each])) for k, name in enumerate(names)]
+        every, row_names = collate(rows), [name for name in names for _ in range(rows_each)]
         own = {name: torch.optim.AdamW(model.prefixes[name].parameters(), lr=1e-2) for name in names}
         common = torch.optim.AdamW(model.prefixes.parameters(), lr=1e-2)
 
