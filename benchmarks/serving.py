@@ -217,7 +217,7 @@ class Benchmark:
         Args:
             count: How many prefixes.
             rows_each: Rows of each in a step.
-            alike: Take rows of similar length, as the `Trainer` does with `group_by_length`.
+            alike: Take rows of similar length, as the `Trainer` does with `train_sampling_strategy="group_by_length"`.
         """
         names = names_of(count)
         model = PrefixModel(self.base)
