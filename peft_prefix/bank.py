@@ -179,11 +179,12 @@ class PrefixBank(nn.ModuleDict):
         modules = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{MODULES}.")}
         return {**module.plain({key: tensor for key, tensor in tensors.items() if key not in modules}), **modules}
 
-    def require_usable(self, used: Mapping[str, Parameterization]) -> None:
+    def require_usable(self, used: Mapping[str, Parameterization], by_row: bool = False) -> None:
         """Check that prefixes can be read and trained here, in this process.
 
         Args:
             used: Those that a call reads, by name.
+            by_row: Whether other processes may read others.
 
         Raises:
             PrefixInputError: Their numbers are elsewhere, or others would be waited for.
@@ -192,7 +193,7 @@ class PrefixBank(nn.ModuleDict):
             return
         for module in used.values():
             require_whole(module)
-        require_all_used(self, used)
+        require_all_used(self, used, by_row)
 
     def get_extra_state(self) -> torch.Tensor:
         """The active prefix's name, so that a resumed training goes on with the same one; bytes, as uint8."""

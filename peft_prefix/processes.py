@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, cast
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
@@ -61,25 +62,38 @@ def require_no_wrapped_layers(stacks: Iterable[nn.ModuleList]) -> None:
         )
 
 
-def require_all_used(prefixes: nn.ModuleDict, used: Collection[str]) -> None:
-    """Check that DDP can average the gradients of a bank of which one prefix acts.
+def require_all_used(prefixes: nn.ModuleDict, used: Collection[str], by_row: bool) -> None:
+    """Check that DDP and FSDP can average the gradients of a bank of which some prefixes act.
+
+    Args:
+        prefixes: All of them.
+        used: Names of those that act.
+        by_row: Whether others may act in other processes, whose rows name others.
 
     Raises:
-        PrefixInputError: It waits for the gradients of prefixes that get none: in the first step each process would
-            use its own gradients alone, and the second would fail.
+        PrefixInputError: Gradients would be waited for that never come. (In DDP's first step each process would use its
+            own gradients alone, and the second would fail.)
     """
-    if not distributed.is_available():
+    if not distributed.is_available() or not torch.is_grad_enabled():
         return
     from torch.nn.parallel import DistributedDataParallel  # there is no such module without it
 
     parallel = DistributedDataParallel._get_active_ddp_module()
-    if parallel is None or parallel.find_unused_parameters or not torch.is_grad_enabled():
+    waits = parallel is not None and not parallel.find_unused_parameters
+    in_shards = by_row and parse_flag_from_env("ACCELERATE_USE_FSDP") and distributed.is_initialized()
+    if not waits and not in_shards:
         return
     idle = [
         name
         for name, module in list(prefixes.items())
         if name not in used and any(parameter.requires_grad for parameter in module.parameters())
     ]
+    if idle and in_shards:
+        raise PrefixInputError(
+            "With FSDP every process needs a row of each prefix that is trained in each of its batches; here "
+            f"{some_of(map(repr, idle))} have none. Use DDP with ddp_find_unused_parameters=True, or train prefixes "
+            "one after the other with set_prefix."
+        )
     if idle:
         raise PrefixInputError(
             "DistributedDataParallel waits for gradients of all that is trainable, and the prefixes "

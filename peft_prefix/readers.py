@@ -27,17 +27,18 @@ class Readers:
     Args:
         bank: All prefixes of the model.
         entries: The one that all rows read, or each row's own, `None` for a row without one; not all are `None`.
+        by_row: Whether the call named them, so that another process may read others.
 
     Attributes:
         prefixes: What is known about them.
         weights: Their weights for modules of the base.
     """
 
-    def __init__(self, bank: PrefixBank, entries: Sequence[BankEntry | None]) -> None:
+    def __init__(self, bank: PrefixBank, entries: Sequence[BankEntry | None], by_row: bool = False) -> None:
         if len(entries) > 1 and all(entry is entries[0] for entry in entries):
             entries = entries[:1]
         used = {entry.name: entry for entry in entries if entry is not None}
-        bank.require_usable({name: entry.module for name, entry in used.items()})
+        bank.require_usable({name: entry.module for name, entry in used.items()}, by_row)
         self.bank = bank
         self.entries = entries
         known = {name: _row_prefix(entry, bank) for name, entry in used.items()}

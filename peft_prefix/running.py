@@ -184,7 +184,7 @@ class RunningModel(WrappedModel):
         )
         if self._disabled or all(entry is None for entry in entries):
             return None
-        return Readers(self.prefixes, entries)
+        return Readers(self.prefixes, entries, by_row=names is not None)
 
     @contextmanager
     def _acting(

@@ -126,6 +126,8 @@ def test_fsdp(tmp_path: Path) -> None:
     assert found["types"] == ["DTensor"]  # all parameters are in shards
     assert_runs_equal_one_process(found["losses"], folder, reference)
 
+    assert "every process needs a row of each prefix" in found["mixed"]
+
     # Saving puts the prefix together and nothing else.
     model = train.make(reparameterization="mlp")
     trained = sum(p.numel() for p in model.prefixes.parameters())

@@ -212,7 +212,10 @@ def ddp(folder: Path) -> dict[str, Any]:
 
 def fsdp(folder: Path) -> dict[str, Any]:
     """FSDP2."""
-    found: dict[str, Any] = {"losses": run_all(list(RUNS), folder)}
+    found: dict[str, Any] = {"losses": run_all([name for name in RUNS if not name.startswith("mixed")], folder)}
+    mixed = trainer_for(make_mixed("gpt2"), folder / "mixed")
+    mixed.train_dataset = [row for row in mixed.train_dataset if row["prefix_names"] == "other"]
+    found["mixed"] = refusal(mixed.train)
 
     # What is gathered when a prefix is saved, and what the sharded model says.
     trainer, _ = train(make(reparameterization="mlp"), folder / "saved")
@@ -223,7 +226,7 @@ def fsdp(folder: Path) -> dict[str, Any]:
     trainer.model.save_pretrained(folder / "saved" / "by all", is_main_process=is_main())
     found["refusals"] = [
         refusal(lambda: trainer.model.save_pretrained(folder / "saved" / "refused", state_dict={})),
-        refusal(lambda: trainer.model.prefixes.require_usable(["default"])),
+        refusal(lambda: trainer.model.prefixes.require_usable(dict(trainer.model.prefixes))),
     ]
     found["prefix in memory"] = {name: tensor.tolist() for name, tensor in trainer.model.prefix_state_dict().items()}
     ids = tokens(2, 7)
