@@ -5,7 +5,7 @@ sections 8.1 and 8.2, name this as what prefixes are for). Then new restaurants 
 of `generate`. And since nobody's data may show in the prefix of another, everything is trained a second time without
 one of the users: the prefixes of the others come out bit for bit the same.
 
-    python examples/many_users.py            # SmolLM2-135M, a few minutes on two cores
+    python examples/many_users.py            # SmolLM2-135M, about eight minutes on two cores
 """
 
 from __future__ import annotations
