@@ -165,4 +165,3 @@ class PrefixBankTrainer(Trainer):
             if own:
                 norms.append(nn.utils.clip_grad_norm_(own, self._largest_norm or math.inf).cpu())
         self._norm = float(torch.stack(norms).max())
-        self._targets = Counter()

@@ -78,10 +78,8 @@ class BankInOrder(InOrder, PrefixBankTrainer):
     pass
 
 
-def train(
-    kind: type[Trainer], model: PrefixModel, rows: list[Row], folder: Path, batch: int = 4, **arguments: Any
-) -> tuple[Trainer, dict[str, dict[str, torch.Tensor]]]:
-    """What both prefixes become in two epochs."""
+def arguments_for(folder: Path, batch: int = 4, **more: Any) -> TrainingArguments:
+    """Two epochs, with a norm that is always clipped."""
     settings = dict(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
@@ -94,9 +92,16 @@ def train(
         use_cpu=True,
         disable_tqdm=True,
     )
+    return TrainingArguments(**{**settings, **more})  # type: ignore[arg-type]
+
+
+def train(
+    kind: type[Trainer], model: PrefixModel, rows: list[Row], folder: Path, batch: int = 4, **arguments: Any
+) -> tuple[Trainer, dict[str, dict[str, torch.Tensor]]]:
+    """What both prefixes become in two epochs."""
     trainer = kind(
         model=model,
-        args=TrainingArguments(**{**settings, **arguments}),  # type: ignore[arg-type]
+        args=arguments_for(folder, batch, **arguments),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=PrefixNamesCollator(default_data_collator),  # type: ignore[arg-type]
     )
@@ -271,16 +276,7 @@ def test_an_optimizer_of_ones_own_is_separated_too(tmp_path: Path) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     trainer = BankInOrder(
         model=model,
-        args=TrainingArguments(
-            str(tmp_path),
-            per_device_train_batch_size=4,
-            num_train_epochs=2,
-            max_grad_norm=0.05,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-        ),
+        args=arguments_for(tmp_path),
         train_dataset=rows,
         data_collator=PrefixNamesCollator(default_data_collator),
         optimizers=(optimizer, schedule),
@@ -295,19 +291,11 @@ def test_a_step_that_was_skipped_or_failed_leaves_nothing_behind(tmp_path: Path)
     rows = rows_of(model, ["a", "b", "b", "a"])
     _, expected = train(BankInOrder, copy.deepcopy(model), rows, tmp_path, num_train_epochs=1)
     broken = [{**row, "prefix_names": "typo"} if place == 3 else row for place, row in enumerate(rows)]
-    settings = TrainingArguments(
-        str(tmp_path),
-        per_device_train_batch_size=4,
-        num_train_epochs=1,
-        learning_rate=3e-2,
-        max_grad_norm=0.05,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-    )
     trainer = BankInOrder(
-        model=model, args=settings, train_dataset=broken, data_collator=PrefixNamesCollator(default_data_collator)
+        model=model,
+        args=arguments_for(tmp_path, num_train_epochs=1),
+        train_dataset=broken,
+        data_collator=PrefixNamesCollator(default_data_collator),
     )
     with pytest.raises(PrefixConfigError, match="no prefix 'typo'"):
         trainer.train()
