@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 from families import FAMILIES, KINDS
+from hub_client import ada as ada
+from hub_client import hub as hub
+from hub_client import pauses as pauses
 
 _Outcome = tuple[str, str]
 """Outcome of one test, and the reason if it was skipped."""
