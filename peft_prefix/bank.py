@@ -19,6 +19,8 @@ from .modules_to_save import MODULES, ModuleWeights
 from .ownership import Owner
 from .parameterization import DirectPrefix, Parameterization, PrefixTensors, StoredPrefix, build_parameterization
 from .processes import require_all_used, require_whole, whole
+from .steps import changes
+from .training_record import TrainingRecord
 
 
 @dataclass(eq=False)
@@ -33,6 +35,7 @@ class BankEntry:
         serial: A number that no other prefix of the bank has had.
         fillings: How often it was filled anew.
         saved_as: What it was when it was last saved, or made.
+        training: How it was trained, as far as it is known.
     """
 
     name: str
@@ -42,6 +45,7 @@ class BankEntry:
     serial: int
     fillings: int = 0
     saved_as: Owner | None = None
+    training: TrainingRecord | None = None
     _owner: Owner | None = None
 
     @property
@@ -52,7 +56,7 @@ class BankEntry:
     def owner(self, bank: PrefixBank) -> Owner:
         """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
         if self._owner is None or not torch.compiler.is_compiling():  # versions are not seen there
-            version = sum(0 if one.is_inference() else one._version for one in self.module.parameters())
+            version = changes(self.module.parameters())
             label = f"{self.name!r} of model {id(bank):x}.{self.serial}.{self.fillings}.{version}"
             if self._owner is None or self._owner.label != label:
                 self._owner = Owner(label)

@@ -53,6 +53,7 @@ class PrefixBankTrainer(Trainer):
         self._largest_norm = self.args.max_grad_norm
         self.args = copy.copy(self.args)
         self.args.max_grad_norm = 0.0  # all prefixes together would be clipped
+        vars(self.args)["max_grad_norm_of_each_prefix"] = self._largest_norm  # for the record of the training
         self._bank = model.prefixes
         self._targets: Counter[str] = Counter()
         self._norm = 0.0
