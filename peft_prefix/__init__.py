@@ -1,5 +1,6 @@
 """Prefix-tuning (Li & Liang 2021) for any causal or encoder-decoder model of transformers."""
 
+from . import trainer_integration as trainer_integration
 from .bank_trainer import PrefixBankTrainer
 from .collator import PromptTargetCollator
 from .config import PrefixConfig
@@ -14,6 +15,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .geometry import Geometry, LayerGeometry
+from .hub import list_prefixes
 from .model import PrefixModel, get_prefix_model
 from .prefix_names import PrefixNamesCollator
 from .resume import last_checkpoint
@@ -38,4 +40,5 @@ __all__ = [
     "__version__",
     "get_prefix_model",
     "last_checkpoint",
+    "list_prefixes",
 ]

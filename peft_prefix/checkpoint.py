@@ -7,13 +7,8 @@ and renamed, so a crash leaves the old file or the new one.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +16,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .config import PrefixConfig
+from .atomic import write_files
+from .description import DTYPES, FORMAT_VERSION, PrefixDescription
 from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, some_of
-from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
+from .tensor_file import TensorFile
 from .version import __version__
 
 TENSOR_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
-FORMAT_VERSION = 1
 _METADATA_KEY = "peft_prefix"
+_CHECKSUM_KEY = "peft_prefix_sha256"
+"""Where the hash of the description is; that of the numbers is in the description."""
 _TRAINING_STATE = "training state"
 """What a training state has there."""
-
-
-@dataclass(frozen=True)
-class PrefixDescription:
-    """What a saved prefix says about itself, beside its tensors.
-
-    Args:
-        config: The configuration that it was made with.
-        geometry_fingerprint: `Geometry.fingerprint` of its base model.
-        weights_fingerprint: That of its base model (`fingerprint.py`), `None` if it could not be taken.
-        dtype: Name of the tensors' dtype, e.g. `float32`.
-        sha256: Hash over the tensors; the identity of this prefix.
-        format_version: Version of this format.
-        library_version: Version of the library that wrote the file.
-    """
-
-    config: PrefixConfig
-    geometry_fingerprint: str
-    weights_fingerprint: str | None
-    dtype: str
-    sha256: str
-    format_version: int = FORMAT_VERSION
-    library_version: str = __version__
-
-    def to_json(self, indent: int | None = None) -> str:
-        """All fields in one flat JSON object."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "config"}
-        return json.dumps({**self.config.to_dict(), **fields}, indent=indent)
-
-    @classmethod
-    def from_json(cls, text: str) -> PrefixDescription:
-        """The inverse of `to_json`.
-
-        Raises:
-            PrefixConfigError: A field is unknown, missing or its value cannot be.
-        """
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise PrefixConfigError("The description of a prefix must be a JSON object.")
-        if "num_virtual_tokens" not in fields:
-            raise PrefixConfigError("The description of a prefix is incomplete: num_virtual_tokens is missing.")
-        own = {field.name for field in dataclasses.fields(cls) if field.name != "config"}
-        config = PrefixConfig.from_dict({name: value for name, value in fields.items() if name not in own})
-        try:
-            return cls(config=config, **{name: value for name, value in fields.items() if name in own})
-        except TypeError as error:
-            raise PrefixConfigError(f"The description of a prefix is incomplete: {error}.") from error
 
 
 def identity(tensors: PrefixTensors) -> str:
@@ -93,47 +43,42 @@ def identity(tensors: PrefixTensors) -> str:
     return digest.hexdigest()
 
 
-def write_prefix(
-    directory: Path,
-    tensors: PrefixTensors,
-    config: PrefixConfig,
-    geometry: Geometry,
-    weights_fingerprint: str | None,
-    dtype: torch.dtype,
-) -> None:
+def write_prefix(directory: Path, tensors: PrefixTensors, description: PrefixDescription) -> None:
     """Save a prefix, leaving what is there untouched unless everything succeeds.
 
     Args:
-        directory: Folder for the two files; made if it is missing.
-        tensors: Plain keys and values by name, and the weights of the modules that are saved with them.
-        config: Configuration of the prefix.
-        geometry: Geometry of its base model.
-        weights_fingerprint: Fingerprint of its base model's weights, if there is one.
-        dtype: Floating-point dtype of the file.
+        directory: Folder for the files; made if it is missing.
+        tensors: What `stored` gave.
+        description: What `describe` gave of them.
+
+    Raises:
+        PrefixFileError: A number is not finite, or `directory` is a file.
+    """
+    require_finite(tensors, f"Not saved to {directory}, which is left as it was")
+    if directory.is_file():
+        raise PrefixFileError(f"{directory} is a file; give the folder in which the prefix is to be saved.")
+    text = description.to_json()
+    metadata = {"format": "pt", _METADATA_KEY: text, _CHECKSUM_KEY: _checksum(text)}
+    write_files(
+        directory,
+        {
+            TENSOR_FILE: save(tensors, metadata=metadata),
+            CONFIG_FILE: (description.to_json(indent=2) + "\n").encode(),
+        },
+    )
+
+
+def stored(tensors: PrefixTensors, dtype: torch.dtype) -> PrefixTensors:
+    """The tensors as they are saved.
 
     Raises:
         PrefixInputError: `dtype` is none of float32, float16 and bfloat16.
-        PrefixFileError: A number is not finite (also after conversion to `dtype`), or `directory` is a file.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if not isinstance(dtype, torch.dtype) or _dtype_name(dtype) not in DTYPES:
         raise PrefixInputError(
             f"A prefix is saved as torch.float32, torch.float16 or torch.bfloat16 (not strings), not as {dtype!r}."
         )
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    require_finite(stored, f"Not saved to {directory}, which is left as it was")
-    description = PrefixDescription(
-        config=config,
-        geometry_fingerprint=geometry.fingerprint,
-        weights_fingerprint=weights_fingerprint,
-        dtype=str(dtype).removeprefix("torch."),
-        sha256=identity(stored),
-    )
-    if directory.is_file():
-        raise PrefixFileError(f"{directory} is a file; give the folder in which the prefix is to be saved.")
-    directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", _METADATA_KEY: description.to_json()}
-    write_atomically(directory / TENSOR_FILE, save(stored, metadata=metadata))
-    write_atomically(directory / CONFIG_FILE, (description.to_json(indent=2) + "\n").encode())
+    return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -143,83 +88,77 @@ def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
         PrefixFileError: The file exists and holds something else.
     """
     if file.exists():
-        with safe_open(file, framework="pt") as content:
-            is_own = (content.metadata() or {}).get(_METADATA_KEY) == _TRAINING_STATE
-            foreign = [name for name in content.keys() if not name.startswith("prefixes.")]  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as content:
+                is_own = (content.metadata() or {}).get(_METADATA_KEY) == _TRAINING_STATE
+                foreign = [name for name in content.keys() if not name.startswith("prefixes.")]  # noqa: SIM118
+        except SafetensorError as error:
+            raise PrefixFileError(
+                f"{file} is there already and cannot be read ({error}), so it is not written over. Remove it, or save "
+                "to another folder."
+            ) from error
         if foreign and not is_own:
             raise PrefixFileError(
                 f"{file} holds the weights of another model ({some_of(foreign)}), which saving here would destroy. "
                 "Save the prefix to a folder of its own."
             )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(file, save(plain, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE}))
+    content = save(plain, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE})
+    write_files(file.parent, {file.name: content})
 
 
-def read_description(file: Path) -> PrefixDescription:
+def read_description(content: TensorFile) -> PrefixDescription:
     """The description inside a tensor file.
 
     Raises:
-        PrefixFileError: The file is missing, truncated, not safetensors or not a prefix.
+        PrefixFileError: The file is no prefix, or says of itself what cannot be.
     """
+    if _METADATA_KEY not in content.metadata:
+        raise PrefixFileError(f"{content.path} is a safetensors file but not a prefix that this library saved.")
+    text = content.metadata[_METADATA_KEY]
+    if content.metadata.get(_CHECKSUM_KEY) != _checksum(text):
+        raise PrefixFileError(
+            f"{content.path} is damaged: its description does not match its checksum. Save or download it again."
+        )
     try:
-        with safe_open(file, framework="pt") as content:
-            metadata = content.metadata() or {}
-    except OSError as error:
+        description = PrefixDescription.from_json(text)
+    except PrefixConfigError as error:
         raise PrefixFileError(
-            f"There is no prefix at {file} ({error}). Give a folder that save_pretrained wrote, or a repository id on "
-            "the Hub."
-        ) from error
-    except SafetensorError as error:
-        raise PrefixFileError(
-            f"{file} is damaged or no safetensors file ({error}). Save or download it again."
-        ) from error
-    if _METADATA_KEY not in metadata:
-        raise PrefixFileError(f"{file} is a safetensors file but not a prefix that this library saved.")
-    try:
-        description = PrefixDescription.from_json(metadata[_METADATA_KEY])
-    except (ValueError, TypeError) as error:
-        raise PrefixFileError(
-            f"{file} describes itself in a way that version {__version__} does not understand ({error}). Upgrade "
-            "peft_prefix, or save the prefix again."
+            f"{content.path} describes itself in a way that version {__version__} does not understand "
+            f"({str(error)[:500]}). Upgrade peft_prefix, or save the prefix again."
         ) from error
     if description.format_version != FORMAT_VERSION:
         raise PrefixFileError(
-            f"{file} has format version {description.format_version}; this library reads {FORMAT_VERSION}. Upgrade "
-            "peft_prefix."
+            f"{content.path} has format version {description.format_version}; this library reads {FORMAT_VERSION}. "
+            "Upgrade peft_prefix."
         )
     return description
 
 
 def read_tensors(
-    file: Path,
-    description: PrefixDescription,
-    geometry: Geometry,
-    base_name: str,
-    modules: Mapping[str, torch.Tensor] | None = None,
+    content: TensorFile, description: PrefixDescription, expected: Mapping[str, tuple[int, ...]], base_name: str
 ) -> PrefixTensors:
     """The tensors of a file, checked against the base before and against their hash after reading.
 
     Args:
-        file: The tensor file.
+        content: The tensor file.
         description: What it says about itself.
-        geometry: Geometry of the base model.
+        expected: Shapes by name of what the base model needs: keys, values and the weights of modules.
         base_name: What to call the base model in errors.
-        modules: Tensors with the names and shapes of the weights that belong to modules of the base.
 
     Raises:
         IncompatibleBaseError: The base model has other layers, heads or widths, or a head of another shape.
         PrefixFileError: The file is damaged, its content does not match its hash, or a number is not finite.
     """
-    expected: dict[str, tuple[int, ...]] = {**geometry.tensor_shapes(description.config.num_virtual_tokens)}
-    expected |= {name: tuple(tensor.shape) for name, tensor in (modules or {}).items()}
-    try:
-        with safe_open(file, framework="pt") as content:
-            found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
-            if found != expected:
-                raise IncompatibleBaseError(_mismatch(file, description, base_name, found, expected))
-            tensors = {name: content.get_tensor(name) for name in expected}
-    except SafetensorError as error:
-        raise PrefixFileError(f"{file} is damaged ({error}). Save or download it again.") from error
+    file = content.path
+    if content.shapes != expected:
+        raise IncompatibleBaseError(_mismatch(file, description, base_name, content.shapes, expected))
+    others = [name for name, dtype in content.dtypes.items() if _dtype_name(dtype) != description.dtype]
+    if others:
+        raise PrefixFileError(
+            f"{file} is damaged: {some_of(others)} are not {description.dtype}, as it says. Save or download it again."
+        )
+    tensors = content.tensors()
     if identity(tensors) != description.sha256:
         raise PrefixFileError(f"{file} is damaged: its content does not match its sha256. Save or download it again.")
     require_finite(tensors, f"{file} was not loaded")
@@ -240,26 +179,20 @@ def require_finite(tensors: PrefixTensors, consequence: str) -> None:
         )
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write aside, flush to disk, then rename over the target."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    aside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # a temporary file is private; the result is as readable as any other
-        aside.replace(file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mismatch(
-    file: Path, description: PrefixDescription, base_name: str, found: dict[str, Any], expected: dict[str, Any]
+    file: Path,
+    description: PrefixDescription,
+    base_name: str,
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
 ) -> str:
     trained_on = description.config.base_model_name_or_path or "an unnamed model"
     for name in sorted(found.keys() | expected.keys()):

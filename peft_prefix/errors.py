@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PrefixError(Exception):
@@ -41,3 +45,8 @@ def some_of(names: Iterable[str]) -> str:
     """The first few of many names, for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def name_of(base: PreTrainedModel) -> str:
+    """What to call a base model in a message."""
+    return base.config.name_or_path or f"this {type(base).__name__}"

@@ -1,76 +1,240 @@
-"""Finding a saved prefix, on disk or on the Hub, and uploading one."""
+"""Finding saved prefixes, in a folder or in a repository on the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers.utils import PushToHubMixin
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from .checkpoint import TENSOR_FILE
-from .errors import PrefixFileError
+from .errors import PrefixConfigError, PrefixFileError, some_of
+from .patience import HUB_ERRORS, patiently
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_TENSOR_FILE = "adapter_model.safetensors"
 
 
-class Upload(PushToHubMixin):
-    """What `push_to_hub` of transformers uploads: whatever one function writes to a folder.
-
-    Args:
-        write: Writes the files.
-    """
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-
-    def save_pretrained(self, folder: str, **_: Any) -> None:
-        """Write the files; how large weights are split means nothing to them."""
-        self._write(folder)
-
-
-def locate_prefix(
-    prefix_name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The local path of a prefix's tensor file, downloaded if it is on the Hub.
+class HubOptions(TypedDict, total=False):
+    """How to find a saved prefix.
 
     Args:
-        prefix_name_or_path: A folder, or a repository id on the Hub.
         revision: Branch, tag or commit on the Hub.
-        subfolder: Folder inside `prefix_name_or_path`.
+        subfolder: Folder inside the repository, or inside the folder.
         token: Access token for the Hub.
         cache_dir: Where downloads are kept.
         local_files_only: Never contact the Hub.
+    """
+
+    revision: str | None
+    subfolder: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """Where the files of a saved prefix are.
+
+    Args:
+        tensors: The safetensors file. It may not exist.
+        peft_config: PEFT's description of it, if PEFT saved it.
+        is_from_hub: Whether they are of a repository on the Hub.
+    """
+
+    tensors: Path
+    peft_config: Path | None = None
+    is_from_hub: bool = False
+
+
+def locate_prefix(prefix_name_or_path: str | Path, **options: Unpack[HubOptions]) -> SavedFiles:
+    """The files of a prefix, downloaded if they are on the Hub. Nothing else of the repository is.
+
+    Args:
+        prefix_name_or_path: A folder; or a repository on the Hub, perhaps with a folder in it (`user/repo/webnlg`).
+        **options: See `HubOptions`.
+
+    Raises:
+        PrefixConfigError: A subfolder leads out of its folder, or a revision is given for a folder.
+        PrefixFileError: It is neither a folder nor to be had from the Hub.
+    """
+    subfolder = checked_subfolder(options.get("subfolder") or "")
+    directory = Path(prefix_name_or_path)
+    if _is_folder(directory):
+        if options.get("revision") is not None:
+            raise PrefixConfigError(
+                f"{directory} is a folder here, which has no revisions. Leave revision= out, or rename the folder if "
+                "you mean a repository on the Hub."
+            )
+        return _in_folder(directory, subfolder)
+    repo_id, inside = split_name(prefix_name_or_path)
+    return _on_hub(repo_id, "/".join(filter(None, (inside, subfolder))), options)
+
+
+def list_prefixes(
+    name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> list[str]:
+    """The prefixes of a repository on the Hub or of a folder, those in PEFT's format too.
+
+    Args:
+        name_or_path: A folder or a repository.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
 
     Returns:
-        Path of `prefix.safetensors`. On disk it may not exist.
+        The folders that they are in, in alphabetical order, for `subfolder=`; an empty text for the outermost one. Of
+        PEFT's adapters all are named, also those that are no prefixes: it takes a download to tell.
 
     Raises:
         PrefixFileError: It is neither a folder nor to be had from the Hub.
+
+    Example:
+        >>> for subfolder in list_prefixes("user/repo"):  # doctest: +SKIP
+        ...     model.load_prefix("user/repo", subfolder or "main", subfolder=subfolder)
     """
-    directory = Path(prefix_name_or_path)
-    if directory.is_dir():
-        return directory / (subfolder or "") / TENSOR_FILE
+    directory = Path(name_or_path)
+    if _is_folder(directory):
+        return _folders_of_prefixes(_paths_in(directory))
+    repo_id, inside = split_name(name_or_path)
     try:
+        paths = patiently(lambda: HfApi(token=token).list_repo_files(repo_id, revision=revision))
+    except HUB_ERRORS as error:
+        raise _not_found(name_or_path, "its files", error) from error
+    folders = _folders_of_prefixes(paths)
+    return [folder for folder in folders if not inside or f"{folder}/".startswith(f"{inside}/")]
+
+
+def checked_subfolder(subfolder: str | Path) -> str:
+    """A folder inside another one, with `/` between its parts.
+
+    Raises:
+        PrefixConfigError: It leads out of there, or could name no folder on every system.
+    """
+    text = subfolder.as_posix() if isinstance(subfolder, Path) else subfolder
+    parts = text.strip("/").split("/") if text else []
+    if text.startswith("/") or any(not _is_file_name(part) for part in parts):
+        raise PrefixConfigError(
+            f"subfolder={text[:200]!r} does not stay inside its folder or is no name for one. Give a relative path "
+            "such as 'webnlg' or 'tasks/webnlg'."
+        )
+    return "/".join(parts)
+
+
+def split_name(name: str | Path) -> tuple[str, str]:
+    """A repository's name and the folder inside of it: `user/repo/webnlg` is `user/repo` and `webnlg`.
+
+    Raises:
+        PrefixFileError: It looks like a path on this machine.
+    """
+    text = name.as_posix() if isinstance(name, Path) else name
+    parts = text.split("/")
+    if not all(map(_is_file_name, parts)) or text.startswith("~"):
+        raise PrefixFileError(
+            f"{text[:200]!r} is no folder here and no name of a repository on the Hub. Give a folder that "
+            "save_pretrained wrote, or a name such as user/repo or user/repo/subfolder."
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def _is_file_name(part: str) -> bool:
+    """Whether it names something inside of a folder, on any system, without leading anywhere else."""
+    return (
+        part not in ("", ".", "..") and part.isprintable() and not re.search(r'[\\:*?"<>|]', part) and len(part) < 256
+    )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long a name, or one with a null character
+        return False
+
+
+def _in_folder(directory: Path, subfolder: str) -> SavedFiles:
+    folder = directory / subfolder
+    tensors, peft_config = folder / TENSOR_FILE, folder / PEFT_CONFIG_FILE
+    if not tensors.exists() and peft_config.is_file():
+        return SavedFiles(folder / PEFT_TENSOR_FILE, peft_config)
+    if not tensors.exists():
+        others = [other for other in list_prefixes(folder) if other] if folder.is_dir() else []
+        hint = f" There are some in its subfolders {some_of(others)}: give subfolder=..." if others else ""
+        raise PrefixFileError(
+            f"There is no prefix at {tensors}. Give a folder that save_pretrained wrote, or a repository id on the "
+            f"Hub.{hint}"
+        )
+    return SavedFiles(tensors)
+
+
+def _on_hub(repo_id: str, subfolder: str, options: HubOptions) -> SavedFiles:
+    def download(file: str) -> Path:
         return Path(
             hf_hub_download(
-                str(prefix_name_or_path),
-                TENSOR_FILE,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
+                repo_id,
+                file,
+                subfolder=subfolder or None,
+                revision=options.get("revision"),
+                token=options.get("token"),
+                cache_dir=options.get("cache_dir"),
+                local_files_only=options.get("local_files_only", False),
             )
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+
+    try:
+        return SavedFiles(download(TENSOR_FILE), is_from_hub=True)
+    except EntryNotFoundError as error:
+        try:
+            config = download(PEFT_CONFIG_FILE)
+        except HUB_ERRORS:
+            name = "/".join(filter(None, (repo_id, subfolder)))
+            raise _not_found(name, TENSOR_FILE, error, _others(repo_id, options)) from error
+    except HUB_ERRORS as error:
+        raise _not_found(repo_id, TENSOR_FILE, error) from error
+    try:
+        return SavedFiles(download(PEFT_TENSOR_FILE), config, is_from_hub=True)
+    except HUB_ERRORS as error:
         raise PrefixFileError(
-            f"{prefix_name_or_path} is no folder here, and the Hub did not give {TENSOR_FILE} ({error}). Check the "
-            "spelling, your connection and, for a private repository, the token."
+            f"{repo_id} holds an adapter of PEFT, but the Hub did not give {PEFT_TENSOR_FILE} ({error}). If it was "
+            "saved as adapter_model.bin, which is a pickle and is not opened here, load it with PEFT and save it again."
         ) from error
+
+
+def _others(repo_id: str, options: HubOptions) -> list[str]:
+    """Where else in a repository there are prefixes, if the Hub says it."""
+    if options.get("local_files_only"):
+        return []
+    try:
+        return list_prefixes(repo_id, revision=options.get("revision"), token=options.get("token"))
+    except PrefixFileError:
+        return []
+
+
+def _paths_in(directory: Path) -> Iterator[str]:
+    """The files in a folder by their paths in it, without hidden folders and without following links."""
+    for folder, inside, files in os.walk(directory):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for file in files:
+            yield Path(folder, file).relative_to(directory).as_posix()
+
+
+def _folders_of_prefixes(paths: Iterable[str]) -> list[str]:
+    folders = set()
+    for path in paths:
+        folder, _, file = path.rpartition("/")
+        if file in (TENSOR_FILE, PEFT_CONFIG_FILE) and all(map(_is_file_name, path.split("/"))):
+            folders.add(folder)
+    return sorted(folders)
+
+
+def _not_found(name: str | Path, what: str, error: Exception, others: Iterable[str] = ()) -> PrefixFileError:
+    found = [repr(other) for other in others]
+    hint = f" It has prefixes in the subfolders {some_of(found)}." if found else ""
+    return PrefixFileError(
+        f"{name} is no folder here, and the Hub did not give {what} ({error}). Check the spelling, your connection "
+        f"and, for a private repository, the token.{hint}"
+    )

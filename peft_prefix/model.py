@@ -11,13 +11,13 @@ from .composition import Composed, average, concatenation, shared_weights, start
 from .config import PrefixConfig
 from .errors import PrefixConfigError
 from .initializers import InitInputs, initial_tensors
+from .loading import DEFAULT_PREFIX, LoadingModel
 from .modules_to_save import ModuleWeights, resolved_modules
 from .parameterization import PrefixTensors
 from .processes import readable
-from .storing import DEFAULT_PREFIX, StoringModel
 
 
-class PrefixModel(StoringModel):
+class PrefixModel(LoadingModel):
     """A frozen transformers model with trainable prefixes. Made by `get_prefix_model` or `from_pretrained`.
 
     It takes the arguments of the base model, gives the outputs of the base model, and to the rest of transformers (the
@@ -186,18 +186,6 @@ class PrefixModel(StoringModel):
         self._install(name, config, composed.tensors, weights, is_trainable)
         self.prefixes.active = name
         self._fingerprint(self.prefixes.entry(name))
-
-    def _require_room(self, num_virtual_tokens: int) -> None:
-        """Check that a prefix of this length leaves positions for text.
-
-        Raises:
-            PrefixConfigError: It does not.
-        """
-        limit = self._injection.decoder.position_limit
-        if limit is not None and num_virtual_tokens >= limit:
-            raise PrefixConfigError(
-                f"{num_virtual_tokens} virtual tokens leave no room for text: the base model has {limit} positions."
-            )
 
     def _initial(
         self,

@@ -88,15 +88,10 @@ class ModuleWeights(nn.Module, Weights):
     def __init__(self, base: PreTrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
         self.module_names = names
-        self.places: dict[str, str] = {}
+        self.places, parameters = _places(base, names)
         """Where each parameter goes: several places where modules of the base share one parameter."""
-        shared: dict[nn.Parameter, str] = {}
-        for name in names:
-            module = _module(base, name)
-            for place, parameter in module.named_parameters(prefix=name, remove_duplicate=False):
-                self.places[place] = shared.setdefault(parameter, place)
-                if self.places[place] == place:
-                    self._add(place, parameter)
+        for place, parameter in parameters.items():
+            self._add(place, parameter)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy saved tensors into the parameters."""
@@ -152,6 +147,14 @@ class ModuleWeights(nn.Module, Weights):
             owner = owner.get_submodule(parent)
         weight = whole({place: parameter})[place]
         owner.register_parameter(last, nn.Parameter(weight.to(torch.float32, copy=True)))
+
+
+def module_shapes(base: PreTrainedModel, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what `ModuleWeights.saved` would give, without taking any memory for it.
+
+    Args: as `ModuleWeights`.
+    """
+    return {f"{MODULES}.{place}": tuple(parameter.shape) for place, parameter in _places(base, names)[1].items()}
 
 
 def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -279,6 +282,16 @@ def _switch_for(module: nn.Module) -> _Switch:
             setattr(module, switch.place, switch)
         switch.passes += 1
         return cast("_Switch", switch)
+
+
+def _places(base: PreTrainedModel, names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, nn.Parameter]]:
+    """Under which name each parameter of some modules is kept, by its own name, and those that are kept."""
+    places: dict[str, str] = {}
+    shared: dict[nn.Parameter, str] = {}
+    for name in names:
+        for place, parameter in _module(base, name).named_parameters(prefix=name, remove_duplicate=False):
+            places[place] = shared.setdefault(parameter, place)
+    return places, {place: parameter for parameter, place in shared.items()}
 
 
 def _module(base: PreTrainedModel, name: str) -> nn.Module:

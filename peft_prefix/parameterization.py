@@ -261,6 +261,15 @@ class _SiteMLP(nn.Module):
         nn.init.zeros_(self.output.bias)
 
 
+def network_size(geometry: Geometry, config: PrefixConfig) -> int:
+    """How many numbers the network of the reparameterization has, without making it; 0 if there is none."""
+    if config.reparameterization != "mlp":
+        return 0
+    p, width = config.num_virtual_tokens, config.mlp_hidden_size
+    sizes = (geometry.only([site]).numbers_per_token for site in geometry.sites)
+    return sum(p * width + width * (width + 1) + size * (width + 1) for size in sizes)
+
+
 def build_parameterization(geometry: Geometry, config: PrefixConfig) -> DirectPrefix | MLPPrefix:
     """The form that `config.reparameterization` names, filled with zeros."""
     if config.reparameterization == "mlp":

@@ -8,10 +8,8 @@ one open file, so a prefix that is saved anew meanwhile is seen as it was, and n
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +19,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from . import strict_json
 from .errors import PrefixFileError
+from .plain_file import opened_file
 
 MAX_HEADER_BYTES = 2 * 2**20
 """Larger than any prefix needs, and small enough to be parsed without harm."""
@@ -84,8 +84,8 @@ class TensorFile:
         if length > MAX_HEADER_BYTES:
             raise self._damaged(f"its header takes {length} bytes, where a prefix needs less than {MAX_HEADER_BYTES}")
         try:
-            header = json.loads(self._stream.read(length).decode(), object_pairs_hook=_unambiguous)
-        except (ValueError, RecursionError) as error:
+            header = strict_json.parse(self._stream.read(length).decode())
+        except ValueError as error:
             raise self._damaged(f"its header is no JSON: {error}") from error
         if not isinstance(header, dict):
             raise self._damaged("its header is no JSON object")
@@ -127,14 +127,7 @@ def opened(path: Path) -> Iterator[TensorFile]:
     Raises:
         PrefixFileError: It is missing, cannot be read, or is damaged.
     """
-    try:
-        # A pipe would wait for a writer, were it opened as a file.
-        stream = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise PrefixFileError(f"{path} cannot be read ({error}).") from error
-    with stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise PrefixFileError(f"{path} is not a file.")
+    with opened_file(path) as stream:
         yield TensorFile(path, stream)
 
 
@@ -145,11 +138,3 @@ def _are_sizes(value: object) -> bool:
         and len(value) <= 8
         and all(type(number) is int and 0 <= number < 2**48 for number in value)
     )
-
-
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name may stand twice: readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return found

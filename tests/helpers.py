@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import Any
 
@@ -169,3 +170,8 @@ class Recorder(BaseStreamer):
 
     def end(self) -> None:
         self.received.append(-1)
+
+
+def prefix_metadata(description: str) -> dict[str, str]:
+    """The metadata of a prefix's file with a description that somebody has written by hand."""
+    return {"peft_prefix": description, "peft_prefix_sha256": hashlib.sha256(description.encode()).hexdigest()}

@@ -447,42 +447,6 @@ def test_rows_that_leave_a_batch_on_the_way_are_an_error() -> None:
         model.generate(**source, **GREEDY, num_beams=2, prefix_names=names, logits_processor=[Leaving()])
 
 
-def test_only_the_prefix_that_is_named_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_prefix.hub import Upload
-
-    model, uploaded = llama_bank(), {}
-
-    def upload(self: Upload, repo_id: str, **options: Any) -> str:
-        self.save_pretrained(str(tmp_path / "upload" / repo_id), max_shard_size="50GB")
-        files = [path for path in (tmp_path / "upload" / repo_id).rglob("*") if path.is_file()]
-        uploaded[repo_id] = {str(path.relative_to(tmp_path / "upload" / repo_id)) for path in files}
-        return "address"
-
-    monkeypatch.setattr(Upload, "push_to_hub", upload)
-    model.set_prefix("long")
-    for parameter in model.prefixes.parameters():
-        torch.nn.init.constant_(parameter, 0.5)
-    with pytest.warns(PrefixWarning, match="not saved here"):
-        model.save_pretrained(
-            tmp_path / "short", prefix_name="short", push_to_hub=True, repo_id="mine", dtype=torch.bfloat16
-        )
-    model.set_prefix(None)
-    with pytest.warns(PrefixWarning, match="not saved here"):
-        assert model.push_to_hub("other", prefix_name="other") == "address"
-    assert set(uploaded) == {"mine", "other"}
-    assert all(files == {"prefix.safetensors", "prefix_config.json"} for files in uploaded.values())
-    loaded = PrefixModel.from_pretrained(model.base, tmp_path / "upload" / "mine")
-    assert loaded.prefixes.entry().config.num_virtual_tokens == LENGTHS["short"]
-    assert next(iter(loaded.prefix_state_dict().values())).dtype == torch.bfloat16
-    for call in (
-        lambda: model.push_to_hub("none"),
-        lambda: model.save_pretrained(tmp_path / "none", push_to_hub=True, repo_id="none"),
-    ):
-        with pytest.raises(PrefixConfigError, match="No prefix is active"):
-            call()
-    assert not (tmp_path / "none").exists()
-
-
 def test_a_frozen_classifier_is_in_no_training_state(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

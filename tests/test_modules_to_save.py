@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import DECODERS, FAMILIES, WINDOW, Family
-from helpers import TOLERANCE, cache_of_tokens, fits_window, tokens
+from helpers import TOLERANCE, cache_of_tokens, fits_window, prefix_metadata, tokens
 from safetensors.torch import load_file, save_file
 from test_trainer import losses, make_trainer
 from torch import nn
@@ -640,7 +640,7 @@ def test_a_head_of_another_shape_or_another_class_is_refused(tmp_path: Path) -> 
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    return {"peft_prefix": (folder / "prefix_config.json").read_text()}
+    return prefix_metadata((folder / "prefix_config.json").read_text())
 
 
 def test_a_file_that_names_no_modules_brings_none(tmp_path: Path) -> None:
@@ -649,7 +649,7 @@ def test_a_file_that_names_no_modules_brings_none(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "prefix_config.json").read_text())
     del description["modules_to_save"]
     tensors = load_file(tmp_path / "prefix.safetensors")
-    save_file(tensors, tmp_path / "prefix.safetensors", metadata={"peft_prefix": json.dumps(description)})
+    save_file(tensors, tmp_path / "prefix.safetensors", metadata=prefix_metadata(json.dumps(description)))
     loaded = PrefixModel.from_pretrained(base, tmp_path)
     assert loaded.prefixes.entry("default").config.modules_to_save == ()
     assert trained(loaded) == {}

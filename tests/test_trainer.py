@@ -160,7 +160,7 @@ def test_saving_the_final_model_writes_the_prefix_only(tmp_path: Path) -> None:
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     files = {file.name for file in (tmp_path / "final").iterdir()}
-    assert files == {"prefix.safetensors", "prefix_config.json", "training_args.bin"}
+    assert files == {"prefix.safetensors", "prefix_config.json", "README.md", "training_args.bin"}
     assert json.loads((tmp_path / "final" / "prefix_config.json").read_text())["num_virtual_tokens"] == 4
 
 
