@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES
 from helpers import random_model, tokens
 from hub_server import HubServer
-from transformers import LlamaForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from peft_prefix import PrefixConfig, PrefixConfigError, PrefixFileError, PrefixModel, get_prefix_model
 
@@ -141,24 +141,31 @@ def test_a_folder_here_may_name_another_one(tmp_path: Path) -> None:
     PrefixModel.from_pretrained(tmp_path / "prefix")
 
 
-def test_code_runs_only_if_the_user_says_so(hub: HubServer, tmp_path: Path) -> None:
+def test_code_runs_only_if_the_user_says_so(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
     mark = tmp_path / "the code has run"
-    base = published(hub, FAMILIES["llama"].build(), tmp_path)
-    changed = json.loads((tmp_path / "base" / "config.json").read_text())
-    changed |= {
+    base = FAMILIES["llama"].build()
+    base.save_pretrained(tmp_path / "base")
+    files = files_of(tmp_path / "base")
+    config = json.loads(files["config.json"]) | {
         "model_type": "other",
         "architectures": ["OtherForCausalLM"],
         "auto_map": {"AutoConfig": "other.OtherConfig", "AutoModelForCausalLM": "other.OtherForCausalLM"},
     }
-    code = OTHER_CLASS.format(mark=str(mark))
-    base.config._commit_hash = hub.put(
-        "ada/base", {"config.json": json.dumps(changed).encode(), "other.py": code.encode()}
-    )
-    model = random_model(base)
-    model.save_pretrained(tmp_path / "prefix")
-    with pytest.raises(PrefixFileError, match="trust_remote_code"):
-        PrefixModel.from_pretrained(tmp_path / "prefix")
-    assert not mark.exists()
+    code = OTHER_CLASS.format(mark=str(mark)).encode()
+    hub.put("ada/base", {**files, "config.json": json.dumps(config).encode(), "other.py": code})
+    remote = AutoModelForCausalLM.from_pretrained("ada/base", trust_remote_code=True)
+    mark.unlink()
+    model = with_prefix(hub, remote, tmp_path)
+    for name in ("ada/prefix", tmp_path / "prefix"):
+        with pytest.raises(PrefixFileError, match="trust_remote_code"):
+            PrefixModel.from_pretrained(name)
+        assert not mark.exists()
+    loaded = PrefixModel.from_pretrained("ada/prefix", trust_remote_code=True)
+    assert type(loaded.base).__name__ == "OtherForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens(2, 6)).logits, model(input_ids=tokens(2, 6)).logits)
 
 
 def test_pickles_of_a_base_are_not_opened(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
