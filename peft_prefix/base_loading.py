@@ -98,7 +98,7 @@ def load_base(named: NamedBase, *, trust_remote_code: bool, **options: Any) -> P
         if named.labels is not None:
             config.id2label = dict(enumerate(named.labels))
             config.label2id = {label: index for index, label in enumerate(named.labels)}
-        auto = _auto_class(named, config)
+        auto = auto_class(named, config)
         # Pickles are not opened on a stranger's word.
         options = {"use_safetensors": True, **options}
         model = auto.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **source, **options)
@@ -133,7 +133,7 @@ def _checked_name(named: NamedBase) -> str:
     return named.name
 
 
-def _auto_class(named: NamedBase, config: PretrainedConfig) -> type[_BaseAutoModelClass]:
+def auto_class(named: NamedBase, config: PretrainedConfig) -> type[_BaseAutoModelClass]:
     """The Auto class of transformers that loads the class that the prefix was trained with.
 
     Raises:

@@ -18,7 +18,7 @@ from .version import __version__
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of a prefix's file."""
-_MAX_NAME = 1000
+_MAX_NAME = 4096
 """Longest name of a model or a label, in characters."""
 _MAX_LABELS = 10_000
 
@@ -60,7 +60,7 @@ class PrefixDescription:
                 raise PrefixConfigError(f"The description of a prefix has an impossible {name}: {str(value)[:100]!r}.")
         for name in ("base_model_name_or_path", "base_model_revision"):
             value = getattr(self.config, name)
-            if value is not None and not _is_name(value):
+            if value is not None and not is_name(value):
                 raise PrefixConfigError(f"The description of a prefix has an impossible {name}: {value[:100]!r}.")
 
     def to_json(self, indent: int | None = None) -> str:
@@ -96,7 +96,8 @@ class PrefixDescription:
             raise PrefixConfigError(f"The description of a prefix is incomplete: {error}.") from error
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Whether it can be the name of a model or a label."""
     return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
 
 
@@ -113,7 +114,7 @@ def _is_fingerprint(value: object) -> bool:
 
 def are_labels(value: object) -> bool:
     """Whether they can be the labels of a description."""
-    return isinstance(value, tuple) and 0 < len(value) <= _MAX_LABELS and all(map(_is_name, value))
+    return isinstance(value, tuple) and 0 < len(value) <= _MAX_LABELS and all(map(is_name, value))
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
@@ -121,10 +122,10 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "weights_fingerprint": lambda value: value is None or _is_fingerprint(value),
     "dtype": lambda value: value in DTYPES,
     "sha256": _is_hash,
-    "base_model_class": lambda value: value is None or (_is_name(value) and value.isidentifier()),
+    "base_model_class": lambda value: value is None or (is_name(value) and value.isidentifier()),
     "labels": lambda value: value is None or are_labels(value),
     "format_version": lambda value: type(value) is int,
-    "library_version": _is_name,
+    "library_version": is_name,
 }
 """Whether a value can be, by field."""
 _OWN = tuple(field.name for field in dataclasses.fields(PrefixDescription) if field.name != "config")

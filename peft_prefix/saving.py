@@ -19,12 +19,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from . import checkpoint
 from .adapters import trained_adapters
 from .bank import BankEntry
-from .card_facts import CARD, PICTURE, entry_facts, local_card, with_tags, write_card
+from .card_facts import PICTURE, entry_facts, local_card, with_tags, write_card
 from .description import PrefixDescription, are_labels
 from .errors import PrefixError, PrefixWarning, some_of
 from .fingerprint import weights_fingerprint
 from .hub import checked_subfolder
-from .model_card import card_text
+from .model_card import card_text, loss_curve_png
 from .parameterization import PrefixTensors
 from .peft_format import write_peft
 from .steps import changes
@@ -91,8 +91,7 @@ class SavingModel(TrainingStateModel):
             return
         directory = Path(save_directory)
         for folder, entry in chosen.items():
-            tensors = checkpoint.stored(self.prefixes.saved(entry, own_part(state)), dtype)
-            checkpoint.write_prefix(directory / folder, tensors, self._describe(entry, tensors, dtype))
+            self._write(directory / folder, entry, own_part(state), dtype)
             entry.saved_as = entry.owner(self.prefixes)
         if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", directory.name):
             checkpoint.write_training_state(directory / SAFE_WEIGHTS_NAME, state)
@@ -143,24 +142,24 @@ class SavingModel(TrainingStateModel):
                 out of the repository.
             PrefixFileError: The prefix contains NaN or infinity, or the Hub did not take it. It stays in the model.
         """
-        entry = self.prefixes.entry(prefix_name)
+        entry, owner = self.prefixes.entry(prefix_name), self.prefixes.entry(prefix_name).owner(self.prefixes)
         inside = checked_subfolder(subfolder or "")
+        more_tags = [tags] if isinstance(tags, str) else list(tags)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            self.save_pretrained(folder, prefix_name=entry.name, dtype=dtype)
-            files = {
-                "/".join(filter(None, (inside, file.name))): file for file in folder.iterdir() if file.name != CARD
-            }
+            self._write(folder, entry, own_part(self._gathered(None)), dtype)
             known = dataclasses.replace(entry_facts(entry, self.base, folder), folder=inside)
-            picture = next((path for path in files if path.endswith(PICTURE)), None)
+            picture = None if entry.training is None else loss_curve_png(entry.training)
+            if picture is not None:
+                (folder / PICTURE).write_bytes(picture)
+                known = dataclasses.replace(known, picture="/".join(filter(None, (inside, PICTURE))))
 
             def card(repository: str, existing: str | None) -> str:
-                facts = dataclasses.replace(known, repo_id=repository, picture=picture)
-                return with_tags(card_text(existing, facts), tags)
+                return with_tags(card_text(existing, dataclasses.replace(known, repo_id=repository)), more_tags)
 
-            return upload(
+            commit = upload(
                 repo_id,
-                files,
+                {"/".join(filter(None, (inside, file.name))): file for file in folder.iterdir()},
                 card,
                 commit_message=commit_message,
                 commit_description=commit_description,
@@ -169,6 +168,9 @@ class SavingModel(TrainingStateModel):
                 revision=revision,
                 create_pr=create_pr,
             )
+        entry.saved_as = owner
+        self._warn_of_unsaved()
+        return commit
 
     def save_as_peft(
         self, save_directory: str | Path, *, prefix_name: str | None = None, dtype: torch.dtype = torch.float32
@@ -239,6 +241,11 @@ class SavingModel(TrainingStateModel):
         if now is not None or trained_adapters(self.base):
             self._fingerprints[entry.name] = now
         return self._fingerprints.get(entry.name)
+
+    def _write(self, directory: Path, entry: BankEntry, state: Mapping[str, Any], dtype: torch.dtype) -> None:
+        """Write the files of a prefix, whose training state is given."""
+        tensors = checkpoint.stored(self.prefixes.saved(entry, state), dtype)
+        checkpoint.write_prefix(directory, tensors, self._describe(entry, tensors, dtype))
 
     def _write_card(self, directory: Path, chosen: Mapping[str, BankEntry]) -> None:
         """Write README.md. What is wrong with one that is there is no reason not to have saved a prefix."""

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from helpers import random_model, tokens
 from hub_server import HubServer
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from peft_prefix import PrefixConfig, PrefixConfigError, PrefixFileError, PrefixModel, get_prefix_model
+from peft_prefix.base_loading import NamedBase, auto_class
 
 OTHER_CLASS = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -189,3 +192,12 @@ def test_adapters_of_peft_name_their_base_too(hub: HubServer, tmp_path: Path) ->
     loaded = PrefixModel.from_pretrained("ada/adapter", attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=tokens(2, 6)).logits, model(input_ids=tokens(2, 6)).logits)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_class_of_every_family_is_found(family: str) -> None:
+    config = getattr(transformers, FAMILIES[family].config)(**deepcopy(FAMILIES[family].kwargs))
+    named = NamedBase("someone/base", None, FAMILIES[family].model, None, Path("prefix"), is_from_hub=True)
+    mapping: Any = auto_class(named, config)._model_mapping
+    found = mapping[type(config)]
+    assert FAMILIES[family].model in [one.__name__ for one in (found if isinstance(found, (list, tuple)) else [found])]

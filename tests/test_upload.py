@@ -222,3 +222,19 @@ def test_a_picture_of_the_losses(hub: HubServer, ada: str, model: PrefixModel) -
     assert "(e2e/loss_curve.png)" in hub.read("ada/tasks", "README.md").decode()
     loaded = PrefixModel.from_pretrained(model.base, "ada/tasks/e2e")
     assert loaded.prefixes.entry().training == record
+
+
+def test_what_has_not_arrived_is_not_taken_for_saved(
+    hub: HubServer, ada: str, model: PrefixModel, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        next(model.prefixes.parameters()).add_(1)
+    hub.put("bob/prefix", {"x": b""})
+    with pytest.raises(PrefixFileError):
+        model.push_to_hub("bob/prefix")
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=2))
+    with pytest.warns(PrefixWarning, match="'default' have been trained and are not saved here"):
+        model.save_pretrained(tmp_path)
+    model.push_to_hub("ada/prefix", prefix_name="default", tags="one")
+    model.save_pretrained(tmp_path)
+    assert "one" in ModelCard(hub.read("ada/prefix", "README.md").decode()).data.tags
