@@ -18,6 +18,8 @@ from .patience import HUB_ERRORS, patiently
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
+_MAYBE_OF_PEFT = (EntryNotFoundError, RuntimeError)
+"""There is no prefix, or no connection: then PEFT's files may be here from before. `HUB_ERRORS` tells of the latter."""
 
 
 class HubOptions(TypedDict, total=False):
@@ -187,7 +189,7 @@ def _on_hub(repo_id: str, subfolder: str, options: HubOptions) -> SavedFiles:
 
     try:
         return SavedFiles(download(TENSOR_FILE), is_from_hub=True)
-    except EntryNotFoundError as error:
+    except _MAYBE_OF_PEFT as error:
         try:
             config = download(PEFT_CONFIG_FILE)
         except HUB_ERRORS:
