@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import stat
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import PrefixFileError, some_of
 
 if sys.platform != "win32":  # where no folder can be locked; a rename is atomic there, too
     import fcntl
@@ -34,48 +38,41 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         files: Contents by name, in the order in which they are renamed.
 
     Raises:
-        OSError: They cannot be written. What was there stays.
+        PrefixFileError: They cannot be written. What was there stays.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with _alone_in(directory):
-        _clear(directory, files)
-        written: list[Path] = []
-        try:
-            for name, content in files.items():
-                written.append(_write_aside(directory, name, content))
-            for aside, name in zip(written, files, strict=True):
-                aside.replace(directory / name)
-        finally:
-            for aside in written:
-                aside.unlink(missing_ok=True)
-        _flush(directory)
-
-
-def _write_aside(directory: Path, name: str, content: bytes) -> Path:
-    handle, path = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=_ASIDE)
-    aside = Path(path)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o666 & ~umask)  # a temporary file is private; the result is as readable as any other
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    return aside
+        with alone_in(directory):
+            _clear(directory, files)
+            written: list[Path] = []
+            try:
+                for name, content in files.items():
+                    written.append(_write_aside(directory / name, content))
+                for aside, name in zip(written, files, strict=True):
+                    aside.replace(directory / name)
+            finally:
+                for aside in written:
+                    aside.unlink(missing_ok=True)
+            _flush(directory)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise PrefixFileError(
+            f"{some_of(files)} cannot be written to {directory} ({error}). What was there is as it was. Give a folder "
+            "that can be written to and has room."
+        ) from error
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Keep other processes and threads from writing to a folder, where the system can.
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other processes and threads from writing to a folder with these functions, where the system can.
 
     The lock is on the folder itself, so nothing is left behind, and the system frees it when the process dies. It is
-    not waited for without end: each file by itself is whole without it, too.
+    not waited for without end: each file by itself is whole without it, too. Inside of it, it may be asked for again.
+
+    Args:
+        directory: Folder; made if it is missing.
     """
-    if sys.platform == "win32":
+    directory.mkdir(parents=True, exist_ok=True)
+    place = directory.resolve()
+    if sys.platform == "win32" or place in _held.folders:
         yield
         return
     folder = os.open(directory, os.O_RDONLY)
@@ -89,9 +86,39 @@ def _alone_in(directory: Path) -> Iterator[None]:
                 time.sleep(0.02)
             except OSError:  # a file system without locks
                 break
+        _held.folders.add(place)
         yield
     finally:
+        _held.folders.discard(place)
         os.close(folder)
+
+
+class _Held(threading.local):
+    """The folders in which this thread is alone."""
+
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()
+
+
+_held = _Held()
+
+
+def _write_aside(file: Path, content: bytes) -> Path:
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}{_ASIDE}")
+    # As readable as any other new file, or as the one that it replaces.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    handle = os.open(aside, flags, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.is_file():
+            aside.chmod(stat.S_IMODE(file.stat().st_mode))
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
 
 
 def _clear(directory: Path, names: Mapping[str, bytes]) -> None:

@@ -16,13 +16,13 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .card_content import is_hub_id
 from .checkpoint import read_description
-from .errors import PrefixFileError
+from .errors import PrefixConfigError, PrefixFileError, some_of
 from .hub import SavedFiles
 from .patience import HUB_ERRORS
 from .peft_config import read_config
 from .tensor_file import opened
 
-_LOADING_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError, KeyError, ImportError)
+_LOADING_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError, KeyError, TypeError, ImportError)
 _CLASS_OF_PEFT_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -31,6 +31,8 @@ _CLASS_OF_PEFT_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_REFUSED = {"config", "output_loading_info", "state_dict", "gguf_file"}
+"""Options that make something else of a base, or of what is returned."""
 _OF_THE_CONFIG = ("token", "cache_dir", "local_files_only")
 """Options that are for the configuration, too."""
 
@@ -44,6 +46,7 @@ class NamedBase:
         revision: Its revision on the Hub, if it is known.
         class_name: Name of its class in transformers, or of one of transformers' Auto classes, if it is known.
         labels: Names of a classifier's labels in order.
+        problem_type: What kind of labels they are.
         file: The file that says so.
         is_from_hub: Whether that file is of a repository on the Hub.
     """
@@ -52,6 +55,7 @@ class NamedBase:
     revision: str | None
     class_name: str | None
     labels: tuple[str, ...] | None
+    problem_type: str | None
     file: Path
     is_from_hub: bool
 
@@ -66,7 +70,7 @@ def named_base(files: SavedFiles) -> NamedBase:
         peft = read_config(files.peft_config)
         class_name = _CLASS_OF_PEFT_TASK.get(peft.task_type or "")
         where = (files.peft_config, files.is_from_hub)
-        return NamedBase(peft.base_model_name_or_path, peft.revision, class_name, None, *where)
+        return NamedBase(peft.base_model_name_or_path, peft.revision, class_name, None, None, *where)
     with opened(files.tensors) as content:
         description = read_description(content)
     return NamedBase(
@@ -74,6 +78,7 @@ def named_base(files: SavedFiles) -> NamedBase:
         description.config.base_model_revision,
         description.base_model_class,
         description.labels,
+        description.problem_type,
         files.tensors,
         files.is_from_hub,
     )
@@ -89,8 +94,15 @@ def load_base(named: NamedBase, *, trust_remote_code: bool, **options: Any) -> P
 
     Raises:
         PrefixFileError: The prefix names none, or it cannot be loaded.
+        PrefixConfigError: An option would make something else of it.
     """
     name = _checked_name(named)
+    refused = sorted(options.keys() & _REFUSED)
+    if refused:
+        raise PrefixConfigError(
+            f"{some_of(refused)} cannot be given for a base model that a prefix names. Load the base yourself and give "
+            "it first: PrefixModel.from_pretrained(base, ...)."
+        )
     source = {"revision": named.revision} if named.revision is not None else {}
     try:
         shared = {option: options[option] for option in _OF_THE_CONFIG if option in options}
@@ -98,6 +110,8 @@ def load_base(named: NamedBase, *, trust_remote_code: bool, **options: Any) -> P
         if named.labels is not None:
             config.id2label = dict(enumerate(named.labels))
             config.label2id = {label: index for index, label in enumerate(named.labels)}
+        if named.problem_type is not None:
+            config.problem_type = named.problem_type
         auto = auto_class(named, config)
         # Pickles are not opened on a stranger's word.
         options = {"use_safetensors": True, **options}
@@ -128,6 +142,12 @@ def _checked_name(named: NamedBase) -> str:
         raise PrefixFileError(
             f"{named.file} is from the Hub and names a base model {named.name!r} that is not, probably a folder on the "
             "machine that it was trained on. Load the base yourself and give it first: "
+            "PrefixModel.from_pretrained(base, ...)."
+        )
+    if named.is_from_hub and Path(named.name).is_dir():
+        raise PrefixFileError(
+            f"{named.file} names the base model {named.name!r} of the Hub, and there is a folder of that name here, "
+            "which transformers would load instead. Load the base that you mean and give it first: "
             "PrefixModel.from_pretrained(base, ...)."
         )
     return named.name

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .atomic import write_files
 from .bank import BankEntry
 from .card_content import is_hub_id
+from .card_sections import sections
 from .checkpoint import TENSOR_FILE, read_description
 from .errors import PrefixFileError
 from .front_matter import FrontMatter
@@ -29,6 +30,11 @@ from .tensor_file import opened
 
 CARD = "README.md"
 PICTURE = "loss_curve.png"
+_MADE_HERE = (
+    *("base_model", "base_model_relation", "library_name", "tags", "pipeline_tag"),
+    *("datasets", "metrics", "model-index"),
+)
+"""Metadata that are written for the user."""
 
 
 def entry_facts(
@@ -111,10 +117,15 @@ def local_card(directory: Path) -> str | None:
     """The text of README.md in a folder, if there is one.
 
     Raises:
-        PrefixFileError: It is no text.
+        PrefixFileError: It cannot be read, or is no text.
     """
     file = directory / CARD
-    return _decoded(file.read_bytes(), str(file)) if file.is_file() else None
+    try:
+        return _decoded(file.read_bytes(), str(file))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PrefixFileError(f"{file} cannot be read ({error}), so it is left as it is.") from error
 
 
 def card_on_hub(
@@ -136,6 +147,24 @@ def card_on_hub(
         except Exception as error:
             raise _unknown(repo_id, file, error) from error
     return _decoded(content, f"{file} of {repo_id}")
+
+
+def own_words(text: str) -> tuple[str, str]:
+    """What somebody has written in a card: the text outside of the sections, and the metadata that are not made here.
+
+    A title alone is not counted: every card has one.
+
+    Raises:
+        PrefixFileError: The metadata cannot be read.
+    """
+    card = FrontMatter(text)
+    body = card.body
+    for section in reversed(list(sections(body))):
+        body = f"{body[: section.start]}\n{body[section.end :]}"
+    lines = [line.strip() for line in body.splitlines() if line.strip()]
+    if len(lines) == 1 and lines[0].startswith("# "):
+        lines = []
+    return "\n".join(lines), repr(sorted(card.others(_MADE_HERE)))
 
 
 def with_tags(text: str, tags: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from .atomic import write_files
 from .description import DTYPES, FORMAT_VERSION, PrefixDescription
-from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, some_of
+from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, plain, some_of
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
 from .tensor_file import TensorFile
@@ -125,7 +125,7 @@ def read_description(content: TensorFile) -> PrefixDescription:
     except PrefixConfigError as error:
         raise PrefixFileError(
             f"{content.path} describes itself in a way that version {__version__} does not understand "
-            f"({str(error)[:500]}). Upgrade peft_prefix, or save the prefix again."
+            f"({plain(str(error), 500)}). Upgrade peft_prefix, or save the prefix again."
         ) from error
     if description.format_version != FORMAT_VERSION:
         raise PrefixFileError(
@@ -180,7 +180,7 @@ def require_finite(tensors: PrefixTensors, consequence: str) -> None:
 
 
 def _checksum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -197,9 +197,9 @@ def _mismatch(
     trained_on = description.config.base_model_name_or_path or "an unnamed model"
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            difference = f"{name} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
+            difference = f"{plain(name)} has shape {found.get(name)} in the file, {expected.get(name)} is needed"
             if name not in expected:
-                difference = f"the file has {name}, for which the model has no place"
+                difference = f"the file has {plain(name)}, for which the model has no place"
             elif name not in found:
                 difference = f"the model needs {name}, which the file does not have"
             break

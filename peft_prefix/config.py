@@ -16,6 +16,8 @@ Reparameterization = Literal["none", "mlp"]
 Site = Literal["encoder", "decoder", "cross"]
 Sliding = Literal["pinned", "plain"]
 
+_MOST_MODULES = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
@@ -80,7 +82,7 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         _require_int("num_virtual_tokens", self.num_virtual_tokens, minimum=1)
         _require_int("mlp_hidden_size", self.mlp_hidden_size, minimum=1)
-        _require_int("init_seed", self.init_seed, minimum=0)
+        _require_int("init_seed", self.init_seed, minimum=0, below=2**63)
         _require_choice("init", self.init, get_args(Init))
         _require_choice("reparameterization", self.reparameterization, get_args(Reparameterization))
         _require_number("dropout", self.dropout, minimum=0.0, below=1.0)
@@ -126,9 +128,10 @@ def _reject_unknown_fields(kwargs: Mapping[str, object]) -> None:
             raise PrefixConfigError(f"PrefixConfig has no field {name!r}: {hint}")
 
 
-def _require_int(name: str, value: object, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise PrefixConfigError(f"{name} must be an integer of at least {minimum}, not {value!r}.")
+def _require_int(name: str, value: object, *, minimum: int, below: int = 2**31) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < below:
+        shown = repr(value) if not isinstance(value, int) or abs(value) < below else f"one of {below} or more"
+        raise PrefixConfigError(f"{name} must be an integer of at least {minimum}, not {shown}.")
 
 
 def _require_number(name: str, value: object, *, minimum: float, below: float) -> None:
@@ -146,7 +149,7 @@ def _validated_sites(sites: object) -> tuple[Site, ...]:
     if isinstance(sites, str) or not isinstance(sites, Iterable):
         raise PrefixConfigError(f"sites must be a list of site names, e.g. {list(known)}, not {sites!r}.")
     chosen = tuple(sites)
-    if not chosen or len(set(chosen)) != len(chosen) or any(site not in known for site in chosen):
+    if not chosen or any(site not in known for site in chosen) or len(set(chosen)) != len(chosen):
         raise PrefixConfigError(f"sites must name each of {list(known)} at most once and one at least, not {sites!r}.")
     return chosen
 
@@ -155,6 +158,10 @@ def _validated_modules(modules: object) -> tuple[str, ...] | None:
     if modules is None:
         return None
     chosen = None if isinstance(modules, str) or not isinstance(modules, Iterable) else tuple(modules)
-    if chosen is None or not all(isinstance(name, str) and name for name in chosen):
-        raise PrefixConfigError(f'modules_to_save must be a list of module names, e.g. ["score"], not {modules!r}.')
+    if chosen is None or not all(isinstance(name, str) and name.isprintable() and name for name in chosen):
+        raise PrefixConfigError(
+            f'modules_to_save must be a list of module names, e.g. ["score"], not {modules!r:.200}.'
+        )
+    if len(chosen) > _MOST_MODULES or len(set(chosen)) != len(chosen):
+        raise PrefixConfigError(f"modules_to_save must have at most {_MOST_MODULES} names, each of them once.")
     return chosen

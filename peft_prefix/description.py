@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from .version import __version__
 FORMAT_VERSION = 1
 DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of a prefix's file."""
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+"""What transformers calls the kinds of labels."""
 _MAX_NAME = 4096
 """Longest name of a model or a label, in characters."""
 _MAX_LABELS = 10_000
@@ -35,6 +38,7 @@ class PrefixDescription:
         sha256: Hash over the tensors; the identity of this prefix.
         base_model_class: Name of the base model's class, e.g. `LlamaForCausalLM`; `None` if it is not known.
         labels: Names of a classifier's labels in order; `None` if the prefix has no head of its own.
+        problem_type: What kind of labels a classifier learned, if transformers was told so.
         training: How it was trained, if that is known.
         format_version: Version of this format.
         library_version: Version of the library that wrote the file.
@@ -50,6 +54,7 @@ class PrefixDescription:
     sha256: str
     base_model_class: str | None = None
     labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
     training: TrainingRecord | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
@@ -57,7 +62,7 @@ class PrefixDescription:
     def __post_init__(self) -> None:
         for name, is_right in _CHECKS.items():
             if not is_right(value := getattr(self, name)):
-                raise PrefixConfigError(f"The description of a prefix has an impossible {name}: {str(value)[:100]!r}.")
+                raise PrefixConfigError(f"The description of a prefix has an impossible {name}: {value!r:.100}.")
         for name in ("base_model_name_or_path", "base_model_revision"):
             value = getattr(self.config, name)
             if value is not None and not is_name(value):
@@ -98,7 +103,10 @@ class PrefixDescription:
 
 def is_name(value: object) -> bool:
     """Whether it can be the name of a model or a label."""
-    return isinstance(value, str) and 0 < len(value) <= _MAX_NAME and value.isprintable()
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME:
+        return False
+    # Control characters, halves of surrogate pairs and breaks of lines; other spaces are found in real names.
+    return not any(unicodedata.category(one) in {"Cc", "Cs", "Zl", "Zp"} for one in value)
 
 
 def _is_hash(value: object) -> bool:
@@ -123,6 +131,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "dtype": lambda value: value in DTYPES,
     "sha256": _is_hash,
     "base_model_class": lambda value: value is None or (is_name(value) and value.isidentifier()),
+    "problem_type": lambda value: value is None or value in PROBLEM_TYPES,
     "labels": lambda value: value is None or are_labels(value),
     "format_version": lambda value: type(value) is int,
     "library_version": is_name,

@@ -44,7 +44,13 @@ class PrefixWarning(UserWarning):
 def some_of(names: Iterable[str]) -> str:
     """The first few of many names, for a message."""
     names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(plain, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def plain(name: str, longest: int = 100) -> str:
+    """A text from a file, for a message: not too long, and without characters that would do something to a terminal."""
+    short = name if len(name) <= longest else f"{name[:longest]}..."
+    return short if short.isprintable() else short.encode("unicode_escape").decode()
 
 
 def name_of(base: PreTrainedModel) -> str:

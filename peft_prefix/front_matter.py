@@ -15,6 +15,10 @@ from huggingface_hub.utils import yaml_dump
 
 from .errors import PrefixFileError, some_of
 
+_LONGEST = 200_000
+_DEEPEST = 20
+_MOST_VALUES = 20_000
+
 
 class FrontMatter:
     """The metadata of a README.md.
@@ -56,9 +60,10 @@ class FrontMatter:
         """The value of a key, `None` if it is not there."""
         return self._data.get(key)
 
-    def items(self) -> Iterable[tuple[Any, Any]]:
-        """All keys and values."""
-        return self._data.items()
+    def others(self, keys: Iterable[str]) -> list[tuple[str, str]]:
+        """The keys that are not among some, with their values as texts."""
+        left_out = set(keys)
+        return [(str(key), repr(value)) for key, value in self._data.items() if key not in left_out]
 
     def texts(self, key: str) -> list[Any]:
         """The values of a key that may have one or many.
@@ -69,12 +74,13 @@ class FrontMatter:
         value = self.get(key)
         if value is None:
             return []
-        if isinstance(value, dict):
+        values = list(value) if isinstance(value, (list, tuple, set)) else [value]
+        if any(isinstance(one, (dict, list)) for one in values):
             raise PrefixFileError(
-                f"{key!r} in the metadata at the top of README.md must be a list or one value, not {value!r}. Correct "
-                "it; nothing has been changed."
+                f"{key!r} in the metadata at the top of README.md must be one value or a list of them. Correct it; "
+                "nothing has been changed."
             )
-        return list(value) if isinstance(value, (list, tuple, set)) else [value]
+        return values
 
     def add(self, key: str, values: Iterable[Any]) -> None:
         """Add those of some values that a key does not have yet; a key whose value is not a list becomes one."""
@@ -117,12 +123,13 @@ class FrontMatter:
 
     def _read(self, block: str) -> dict[Any, Any]:
         try:
+            _require_simple(block)
             node = yaml.compose(block, Loader=yaml.SafeLoader)
             data = yaml.safe_load(block)
-        except (yaml.YAMLError, ValueError) as error:
+        except Exception as error:  # a tag such as !!bool on something else ends with whatever Python raises
             raise PrefixFileError(
-                f"The metadata between the lines '---' at the top of README.md is not valid YAML ({error}). Correct "
-                "it; nothing has been changed."
+                f"The metadata between the lines '---' at the top of README.md is not valid YAML "
+                f"({type(error).__name__}: {str(error)[:500]}). Correct it; nothing has been changed."
             ) from error
         if data is None:
             return {}
@@ -139,6 +146,40 @@ class FrontMatter:
                 "has been changed."
             )
         return data
+
+
+def _require_simple(block: str) -> None:
+    """Check that a block is as small and flat as metadata are, before it is made into objects.
+
+    Raises:
+        ValueError: It is long or deep, or repeats parts of itself so that it would become large.
+    """
+    if len(block) > _LONGEST:
+        raise ValueError(f"it has more than {_LONGEST:,} characters")
+    sizes: dict[str | None, int] = {}
+    around: list[tuple[str | None, int]] = [(None, 0)]
+    for event in yaml.parse(block, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            around.append((event.anchor, 1))
+            sizes.pop(event.anchor, None)  # what is inside may not repeat it
+            if len(around) > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = around.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"it repeats a part of itself inside of that part (*{event.anchor})")
+            anchor, size = None, sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        around[-1] = (around[-1][0], around[-1][1] + size)
+        if around[-1][1] > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, with those that it repeats")
 
 
 def _require_no_half(text: str) -> None:

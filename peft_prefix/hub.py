@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .checkpoint import TENSOR_FILE
-from .errors import PrefixConfigError, PrefixFileError, some_of
+from .errors import PrefixConfigError, PrefixFileError, plain, some_of
 from .patience import HUB_ERRORS, patiently
 
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -67,8 +67,8 @@ def locate_prefix(prefix_name_or_path: str | Path, **options: Unpack[HubOptions]
         PrefixFileError: It is neither a folder nor to be had from the Hub.
     """
     subfolder = checked_subfolder(options.get("subfolder") or "")
-    directory = Path(prefix_name_or_path)
-    if _is_folder(directory):
+    directory = _path(prefix_name_or_path)
+    if directory is not None:
         if options.get("revision") is not None:
             raise PrefixConfigError(
                 f"{directory} is a folder here, which has no revisions. Leave revision= out, or rename the folder if "
@@ -100,8 +100,8 @@ def list_prefixes(
         >>> for subfolder in list_prefixes("user/repo"):  # doctest: +SKIP
         ...     model.load_prefix("user/repo", subfolder or "main", subfolder=subfolder)
     """
-    directory = Path(name_or_path)
-    if _is_folder(directory):
+    directory = _path(name_or_path)
+    if directory is not None:
         return _folders_of_prefixes(_paths_in(directory))
     repo_id, inside = split_name(name_or_path)
     try:
@@ -116,8 +116,10 @@ def checked_subfolder(subfolder: str | Path) -> str:
     """A folder inside another one, with `/` between its parts.
 
     Raises:
-        PrefixConfigError: It leads out of there, or could name no folder on every system.
+        PrefixConfigError: It leads out of there, could name no folder on every system, or is no text.
     """
+    if not isinstance(subfolder, (str, Path)):
+        raise PrefixConfigError(f"subfolder must be a text such as 'webnlg', not {subfolder!r:.100}.")
     text = subfolder.as_posix() if isinstance(subfolder, Path) else subfolder
     parts = text.strip("/").split("/") if text else []
     if text.startswith("/") or any(not _is_file_name(part) for part in parts):
@@ -134,11 +136,17 @@ def split_name(name: str | Path) -> tuple[str, str]:
     Raises:
         PrefixFileError: It looks like a path on this machine.
     """
+    if not isinstance(name, (str, Path)):
+        raise PrefixConfigError(
+            f"A prefix is named by a text such as 'user/repo' or by a folder, not by {name!r:.100}."
+        )
     text = name.as_posix() if isinstance(name, Path) else name
     parts = text.split("/")
+    if text.endswith(".safetensors"):
+        raise PrefixFileError(f"{plain(text)} names a file; give the folder or the repository that it is in.")
     if not all(map(_is_file_name, parts)) or text.startswith("~"):
         raise PrefixFileError(
-            f"{text[:200]!r} is no folder here and no name of a repository on the Hub. Give a folder that "
+            f"{plain(text, 200)!r} is no folder here and no name of a repository on the Hub. Give a folder that "
             "save_pretrained wrote, or a name such as user/repo or user/repo/subfolder."
         )
     return "/".join(parts[:2]), "/".join(parts[2:])
@@ -151,11 +159,12 @@ def _is_file_name(part: str) -> bool:
     )
 
 
-def _is_folder(path: Path) -> bool:
+def _path(name: str | Path) -> Path | None:
+    """The folder here that is named so, if there is one."""
     try:
-        return path.is_dir()
-    except (OSError, ValueError):  # too long a name, or one with a null character
-        return False
+        return Path(name) if Path(name).is_dir() else None
+    except (OSError, ValueError, TypeError):  # too long a name, one with a null character, or none at all
+        return None
 
 
 def _in_folder(directory: Path, subfolder: str) -> SavedFiles:
@@ -164,7 +173,8 @@ def _in_folder(directory: Path, subfolder: str) -> SavedFiles:
     if not tensors.exists() and peft_config.is_file():
         return SavedFiles(folder / PEFT_TENSOR_FILE, peft_config)
     if not tensors.exists():
-        others = [other for other in list_prefixes(folder) if other] if folder.is_dir() else []
+        inside = sorted(folder.iterdir()) if folder.is_dir() else []
+        others = [one.name for one in inside if (one / TENSOR_FILE).is_file()]
         hint = f" There are some in its subfolders {some_of(others)}: give subfolder=..." if others else ""
         raise PrefixFileError(
             f"There is no prefix at {tensors}. Give a folder that save_pretrained wrote, or a repository id on the "
@@ -190,6 +200,9 @@ def _on_hub(repo_id: str, subfolder: str, options: HubOptions) -> SavedFiles:
     try:
         return SavedFiles(download(TENSOR_FILE), is_from_hub=True)
     except _MAYBE_OF_PEFT as error:
+        has_answered = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not has_answered and not _is_known_to_be_missing(repo_id, subfolder, options):
+            raise _not_found(repo_id, TENSOR_FILE, error) from error
         try:
             config = download(PEFT_CONFIG_FILE)
         except HUB_ERRORS:
@@ -204,6 +217,17 @@ def _on_hub(repo_id: str, subfolder: str, options: HubOptions) -> SavedFiles:
             f"{repo_id} holds an adapter of PEFT, but the Hub did not give {PEFT_TENSOR_FILE} ({error}). If it was "
             "saved as adapter_model.bin, which is a pickle and is not opened here, load it with PEFT and save it again."
         ) from error
+
+
+def _is_known_to_be_missing(repo_id: str, subfolder: str, options: HubOptions) -> bool:
+    """Whether the Hub, which does not answer now, once said that a repository has no file of this library's own."""
+    found = try_to_load_from_cache(
+        repo_id,
+        "/".join(filter(None, (subfolder, TENSOR_FILE))),
+        cache_dir=options.get("cache_dir"),
+        revision=options.get("revision"),
+    )
+    return found is _CACHED_NO_EXIST
 
 
 def _others(repo_id: str, options: HubOptions) -> list[str]:
@@ -234,7 +258,7 @@ def _folders_of_prefixes(paths: Iterable[str]) -> list[str]:
 
 
 def _not_found(name: str | Path, what: str, error: Exception, others: Iterable[str] = ()) -> PrefixFileError:
-    found = [repr(other) for other in others]
+    found = [repr(other) for other in others if other]
     hint = f" It has prefixes in the subfolders {some_of(found)}." if found else ""
     return PrefixFileError(
         f"{name} is no folder here, and the Hub did not give {what} ({error}). Check the spelling, your connection "

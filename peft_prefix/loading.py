@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .base_loading import load_base, named_base
@@ -81,6 +82,8 @@ class LoadingModel(SavingModel):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
+        if not isinstance(base, (str, Path, nn.Module)):
+            raise PrefixConfigError(f"Give a model and the name of a prefix, or the name alone, not {base!r:.100}.")
         if isinstance(base, (str, Path)):
             if prefix_name_or_path is not None:
                 raise PrefixConfigError(

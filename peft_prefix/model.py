@@ -9,7 +9,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .composition import Composed, average, concatenation, shared_weights, start_from
 from .config import PrefixConfig
-from .description import is_name
 from .errors import PrefixConfigError
 from .initializers import InitInputs, initial_tensors
 from .loading import DEFAULT_PREFIX, LoadingModel
@@ -204,10 +203,6 @@ class PrefixModel(LoadingModel):
                 InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values, prefix)
             )
 
-    def _name_of_base(self) -> str | None:
-        name = self.base.config.name_or_path
-        return name if is_name(name) else None
-
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
         """The configuration with what is known about the base.
 
@@ -229,7 +224,7 @@ class PrefixModel(LoadingModel):
         return config.replace(
             modules_to_save=resolved_modules(self.base, config.modules_to_save),
             sites=tuple(site for site in sites if config.sites is None or site in config.sites),
-            base_model_name_or_path=config.base_model_name_or_path or self._name_of_base(),
+            base_model_name_or_path=config.base_model_name_or_path or self.base.config.name_or_path or None,
             base_model_revision=config.base_model_revision or getattr(self.base.config, "_commit_hash", None),
         )
 

@@ -126,6 +126,16 @@ def loss_curve_png(record: TrainingRecord) -> bytes | None:
     except ImportError:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")  # no pyplot, which would choose a backend for everybody
+    stream = io.BytesIO()
+    try:
+        _draw(record, figure)
+        FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
+    except Exception:  # noqa: BLE001 - whatever numbers it stumbles over: a picture is not worth a prefix
+        return None
+    return stream.getvalue()
+
+
+def _draw(record: TrainingRecord, figure: Any) -> None:
     axes = figure.add_subplot()
     for points, label, style in (
         (record.training_losses, "training", "-"),
@@ -136,9 +146,6 @@ def loss_curve_png(record: TrainingRecord) -> bytes | None:
     axes.set(title="Loss of the prefix", xlabel="optimizer step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
 
 
 def merge_model_index(index: Any, name: str, added: list[dict[str, Any]]) -> list[dict[str, Any]]:

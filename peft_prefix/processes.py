@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
@@ -187,3 +188,8 @@ def _is_dtensor(tensor: torch.Tensor) -> bool:
     from torch.distributed.tensor import DTensor  # there is no such module without it
 
     return isinstance(tensor, DTensor)
+
+
+def own_class(base: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class that a model had before FSDP2 put one of its own in front."""
+    return next(one for one in type(base).mro() if issubclass(one, PreTrainedModel) and not issubclass(one, FSDPModule))

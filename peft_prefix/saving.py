@@ -18,15 +18,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoint
 from .adapters import trained_adapters
+from .atomic import alone_in
 from .bank import BankEntry
 from .card_facts import PICTURE, entry_facts, local_card, with_tags, write_card
-from .description import PrefixDescription, are_labels
-from .errors import PrefixError, PrefixWarning, some_of
+from .description import PROBLEM_TYPES, PrefixDescription, are_labels, is_name
+from .errors import PrefixConfigError, PrefixError, PrefixWarning, some_of
 from .fingerprint import weights_fingerprint
-from .hub import checked_subfolder
+from .hub import checked_subfolder, split_name
 from .model_card import card_text, loss_curve_png
 from .parameterization import PrefixTensors
 from .peft_format import write_peft
+from .processes import own_class
 from .steps import changes
 from .training_state import TrainingStateModel, own_part
 from .upload import upload
@@ -99,7 +101,8 @@ class SavingModel(TrainingStateModel):
             self._write_card(directory, chosen)
             self._warn_of_unsaved()
         if push_to_hub:
-            self.push_to_hub(repo_id or directory.name, prefix_name=prefix_name, dtype=dtype, token=token)
+            name = repo_id or directory.resolve().name
+            self.push_to_hub(name, prefix_name=prefix_name, dtype=dtype, token=token, state_dict=state)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -114,15 +117,20 @@ class SavingModel(TrainingStateModel):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        tags: Iterable[str] = (),
-    ) -> CommitInfo:
+        tags: Iterable[str] | str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> CommitInfo | None:
         """Upload one prefix, the active one if none is named, and nothing else of the model.
 
         One repository may hold the prefixes of many tasks, each in a subfolder of its own. Its card has a section for
         each; what you write there yourself stays.
 
+        Where FSDP2 or DeepSpeed spreads the prefix over several processes, all of them must call this, unless
+        `state_dict` is given; one of them uploads.
+
         Args:
-            repo_id: Repository on the Hub; made if it is missing.
+            repo_id: Repository on the Hub, `name`, `user/name` or `user/name/subfolder`; made if it is missing.
             prefix_name: Which prefix.
             subfolder: Folder inside the repository.
             dtype: Floating-point dtype of `prefix.safetensors`.
@@ -133,32 +141,40 @@ class SavingModel(TrainingStateModel):
             revision: Branch, made if it is missing.
             create_pr: Whether to open a pull request instead.
             tags: More tags for the card.
+            is_main_process: With several processes, whether this one uploads.
+            state_dict: The training state, if the caller has gathered it already (`accelerator.get_state_dict(model)`).
 
         Returns:
-            The commit, which is the text of its address too.
+            The commit, which is the text of its address too; `None` in processes that do not upload.
 
         Raises:
             PrefixConfigError: There is no prefix of that name, none is named and none is active, or the subfolder leads
-                out of the repository.
+                out of the repository, or a tag is no text.
             PrefixFileError: The prefix contains NaN or infinity, or the Hub did not take it. It stays in the model.
         """
         entry, owner = self.prefixes.entry(prefix_name), self.prefixes.entry(prefix_name).owner(self.prefixes)
-        inside = checked_subfolder(subfolder or "")
-        more_tags = [tags] if isinstance(tags, str) else list(tags)
+        repository, within = split_name(repo_id)
+        inside = checked_subfolder("/".join(filter(None, (within, subfolder))))
+        more_tags = _tags(tags)
+        if not is_main_process and state_dict is not None:
+            return None
+        state = own_part(self._gathered(state_dict))
+        if not is_main_process:
+            return None
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            self._write(folder, entry, own_part(self._gathered(None)), dtype)
+            self._write(folder, entry, state, dtype)
             known = dataclasses.replace(entry_facts(entry, self.base, folder), folder=inside)
             picture = None if entry.training is None else loss_curve_png(entry.training)
             if picture is not None:
                 (folder / PICTURE).write_bytes(picture)
                 known = dataclasses.replace(known, picture="/".join(filter(None, (inside, PICTURE))))
 
-            def card(repository: str, existing: str | None) -> str:
-                return with_tags(card_text(existing, dataclasses.replace(known, repo_id=repository)), more_tags)
+            def card(full_name: str, existing: str | None) -> str:
+                return with_tags(card_text(existing, dataclasses.replace(known, repo_id=full_name)), more_tags)
 
             commit = upload(
-                repo_id,
+                repository,
                 {"/".join(filter(None, (inside, file.name))): file for file in folder.iterdir()},
                 card,
                 commit_message=commit_message,
@@ -250,26 +266,47 @@ class SavingModel(TrainingStateModel):
     def _write_card(self, directory: Path, chosen: Mapping[str, BankEntry]) -> None:
         """Write README.md. What is wrong with one that is there is no reason not to have saved a prefix."""
         try:
-            facts = [entry_facts(entry, self.base, directory, folder) for folder, entry in chosen.items()]
-            write_card(directory, facts, local_card(directory))
+            with alone_in(directory):
+                facts = [entry_facts(entry, self.base, directory, folder) for folder, entry in chosen.items()]
+                write_card(directory, facts, local_card(directory))
         except PrefixError as error:
             warnings.warn(f"The prefix is saved in {directory}, but not its card: {error}", PrefixWarning, stacklevel=3)
 
     def _describe(self, entry: BankEntry, tensors: PrefixTensors, dtype: torch.dtype) -> PrefixDescription:
         """What the file of a prefix says about it."""
         return PrefixDescription(
-            config=entry.config,
+            config=entry.config.replace(
+                base_model_name_or_path=_name_or_none(entry.config.base_model_name_or_path),
+                base_model_revision=_name_or_none(entry.config.base_model_revision),
+            ),
             geometry_fingerprint=entry.module.geometry.fingerprint,
             weights_fingerprint=self._fingerprint(entry),
             dtype=str(dtype).removeprefix("torch."),
             sha256=checkpoint.identity(tensors),
-            base_model_class=type(self.base).__name__,
+            base_model_class=own_class(self.base).__name__,
             labels=self._labels() if entry.config.modules_to_save else None,
+            problem_type=self._problem_type() if entry.config.modules_to_save else None,
             training=entry.training,
         )
 
     def _labels(self) -> tuple[str, ...] | None:
-        """Names of the labels that the base tells apart, in order, if they can be written down."""
+        """Names of the labels that the base tells apart, in order; one that cannot be written down gets another."""
         names = getattr(self.base.config, "id2label", None) or {}
-        labels = tuple(str(names.get(index)) for index in range(len(names)))
-        return labels if are_labels(labels) and None not in map(names.get, range(len(names))) else None
+        found = (names.get(index) for index in range(len(names)))
+        labels = tuple(str(name) if is_name(name) else f"LABEL_{index}" for index, name in enumerate(found))
+        return labels if are_labels(labels) else None
+
+    def _problem_type(self) -> str | None:
+        kind = getattr(self.base.config, "problem_type", None)
+        return kind if kind in PROBLEM_TYPES else None
+
+
+def _tags(tags: Iterable[str] | str | None) -> list[str]:
+    found = [tags] if isinstance(tags, str) else list(tags or ())
+    if not all(isinstance(tag, str) for tag in found):
+        raise PrefixConfigError(f"tags must be texts, e.g. ['summarization'], not {found!r:.200}.")
+    return found
+
+
+def _name_or_none(name: str | None) -> str | None:
+    return name if is_name(name) else None

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .atomic import write_files
 from .bank import PrefixBank
-from .card_facts import CARD, card_on_hub, entry_facts, local_card, taking_over, write_card
+from .card_facts import CARD, card_on_hub, entry_facts, local_card, own_words, taking_over, write_card
 from .checkpoint import CONFIG_FILE, TENSOR_FILE
 from .errors import PrefixConfigError, PrefixError, PrefixFileError, PrefixWarning
 from .model_card import CardFacts
@@ -34,6 +34,11 @@ from .training_facts import record_of
 _Args = TrainingArguments
 _IGNORED = ".gitignore"
 _WRAPPED = "_writes_cards_of_prefixes"
+_KEPT_CARD = "_README.md"
+"""Where a card is kept that is not the one on the Hub; the Trainer does not upload what begins so."""
+_words: dict[Path, tuple[str, str]] = {}
+"""What somebody had written in a card when it was last written here, by folder."""
+_NOTHING = own_words("")
 _writing: WeakSet[Trainer] = WeakSet()
 """Trainers whose card is being written, maybe by a method that calls the one it overrides."""
 
@@ -116,12 +121,13 @@ class RecordingCallback(TrainerCallback):
             content = {file.name: file.read_bytes() for file in files if file.is_file()}
             if content:
                 write_files(folder / name, content)
-        _ignore(folder, f"/{SAFE_WEIGHTS_NAME}", args)
         try:
+            _ignore(folder, f"/{SAFE_WEIGHTS_NAME}", args)
             repo_id = _repository(args)
-            existing = card_on_hub(repo_id, args.hub_token, args.hub_revision)
-            write_card(folder, _facts(model, folder, repo_id), local_card(folder) if existing is None else existing)
-        except PrefixError as error:
+            existing = _existing(folder, card_on_hub(repo_id, args.hub_token, args.hub_revision), local_card(folder))
+            write_card(folder, _facts(model, folder, repo_id), existing)
+            _remember(folder)
+        except (PrefixError, OSError) as error:
             _report(error, is_training=True)
 
     def _record(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
@@ -190,7 +196,7 @@ def _ignore(folder: Path, pattern: str, args: TrainingArguments) -> None:
     """Let the Hub ignore a file, and whatever it ignores already."""
     file = folder / _IGNORED
     if file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
     else:
         try:
             text = card_on_hub(_repository(args), args.hub_token, args.hub_revision, file=_IGNORED) or ""
@@ -198,7 +204,7 @@ def _ignore(folder: Path, pattern: str, args: TrainingArguments) -> None:
             text = ""
     if pattern not in text.splitlines():
         gap = "" if not text or text.endswith("\n") else "\n"
-        write_files(folder, {_IGNORED: f"{text}{gap}{pattern}\n".encode()})
+        write_files(folder, {_IGNORED: f"{text}{gap}{pattern}\n".encode(errors="surrogateescape")})
 
 
 def _trainers(kind: type[Trainer]) -> Iterator[type[Trainer]]:
@@ -228,7 +234,7 @@ def _wrap(kind: type[Trainer]) -> None:
             result = method(self, *args, **kwargs)
             asked = inspect.signature(method).bind(self, *args, **kwargs).arguments
             _replace_card(self, model, before, asked)
-        except PrefixError as error:
+        except (PrefixError, OSError) as error:
             _restore(folder, before)
             return _report(error, is_training=self.is_in_train)
         except BaseException:
@@ -251,10 +257,42 @@ def _replace_card(trainer: Trainer, model: SavingModel, before: str | None, aske
     folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
     facts = _facts(model, folder, repo_id)
     if not facts:
+        _restore(folder, before)
         return
     generated = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    existing = None if repo_id is None else card_on_hub(repo_id, trainer.args.hub_token, trainer.args.hub_revision)
-    write_card(folder, facts, taking_over(before if existing is None else existing, generated, asked))
+    on_hub = None if repo_id is None else card_on_hub(repo_id, trainer.args.hub_token, trainer.args.hub_revision)
+    write_card(folder, facts, taking_over(_existing(folder, on_hub, before), generated, asked))
+    _remember(folder)
+
+
+def _existing(folder: Path, on_hub: str | None, here: str | None) -> str | None:
+    """The card to go on from, of the one on the Hub and the one here: the one that somebody has written in.
+
+    If that may be both, it is the Hub's, and the one here is kept beside it.
+    """
+    if on_hub is None or here is None:
+        return here if on_hub is None else on_hub
+    last = _words.get(folder.resolve())
+    words_here, words_there = own_words(here), own_words(on_hub)
+    if words_here in (words_there, last, _NOTHING):
+        return on_hub
+    if words_there == last:
+        return here
+    write_files(folder, {_KEPT_CARD: here.encode()})
+    warnings.warn(
+        f"What is written in {folder / CARD} is not what is written on the Hub. The Hub's text stays; this one is kept "
+        f"in {folder / _KEPT_CARD}, for you to put together.",
+        PrefixWarning,
+        stacklevel=2,
+    )
+    return on_hub
+
+
+def _remember(folder: Path) -> None:
+    """Note what somebody has written in the card here, to see later whether it is still that."""
+    card = local_card(folder)
+    if card is not None:
+        _words[folder.resolve()] = own_words(card)
 
 
 def _restore(folder: Path, card: str | None) -> None:
@@ -264,7 +302,7 @@ def _restore(folder: Path, card: str | None) -> None:
         write_files(folder, {CARD: card.encode()})
 
 
-def _report(error: PrefixError, *, is_training: bool) -> None:
+def _report(error: Exception, *, is_training: bool) -> None:
     """Raise an error about the card, or only warn of it: a training does not end for that."""
     if not is_training:
         raise error

@@ -82,8 +82,10 @@ def test_options_go_to_the_base(hub: HubServer, tmp_path: Path) -> None:
     loaded = PrefixModel.from_pretrained("ada/prefix", dtype=torch.bfloat16, is_trainable=True, name="mine")
     assert loaded.base.dtype == torch.bfloat16
     assert loaded.active_prefix == "mine"
-    with pytest.raises(TypeError, match="no_such_option"):
+    with pytest.raises(PrefixFileError, match="no_such_option"):
         PrefixModel.from_pretrained("ada/prefix", no_such_option=True)
+    with pytest.raises(PrefixConfigError, match="config, output_loading_info cannot be given"):
+        PrefixModel.from_pretrained("ada/prefix", config=None, output_loading_info=True)
 
 
 def test_private_bases_are_loaded_with_the_token(hub: HubServer, tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_adapters_of_peft_name_their_base_too(hub: HubServer, tmp_path: Path) ->
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_class_of_every_family_is_found(family: str) -> None:
     config = getattr(transformers, FAMILIES[family].config)(**deepcopy(FAMILIES[family].kwargs))
-    named = NamedBase("someone/base", None, FAMILIES[family].model, None, Path("prefix"), is_from_hub=True)
+    named = NamedBase("someone/base", None, FAMILIES[family].model, None, None, Path("prefix"), is_from_hub=True)
     mapping: Any = auto_class(named, config)._model_mapping
     found = mapping[type(config)]
     assert FAMILIES[family].model in [one.__name__ for one in (found if isinstance(found, (list, tuple)) else [found])]

@@ -58,7 +58,7 @@ def test_the_demo_leaves_everything_in_one_folder(
     options = ["--model", str(tiny), "--data", source, "--output", str(output), "--steps", "20", "--generate", "3"]
     run("demo.py", *options, "--learning-rate", "0.1", monkeypatch=monkeypatch)
     assert {file.name for file in output.iterdir()} >= {"prefix", "loss.png", "outputs.md", "summary.json"}
-    assert {file.name for file in (output / "prefix").iterdir()} == {"prefix.safetensors", "prefix_config.json"}
+    assert {file.name for file in (output / "prefix").iterdir()} >= {"prefix.safetensors", "prefix_config.json"}
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((output / "summary.json").read_text())
     assert summary["dev loss after training"] < summary["dev loss before training"]

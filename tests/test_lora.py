@@ -215,7 +215,8 @@ def test_each_is_saved_by_itself_and_loaded_again(how: str, family: str, tmp_pat
     with pytest.warns(PrefixWarning, match=rf"adapter .* is not saved here.*save_pretrained\(folder\) of {remedy}"):
         model.eval().save_pretrained(tmp_path / "prefix")
     (model.base if how == "transformers" else given).save_pretrained(tmp_path / "adapter")
-    assert {file.name for file in (tmp_path / "prefix").iterdir()} == {"prefix.safetensors", "prefix_config.json"}
+    files = {file.name for file in (tmp_path / "prefix").iterdir()}
+    assert files == {"prefix.safetensors", "prefix_config.json", "README.md"}
     files = {file.name for file in (tmp_path / "adapter").iterdir()} - {"README.md", "generation_config.json"}
     assert files == {"adapter_model.safetensors", "adapter_config.json"}
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as content:

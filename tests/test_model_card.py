@@ -296,7 +296,7 @@ def test_any_way_to_write_metadata_is_understood(block: str) -> None:
         ("---\nJust text.\n---\n", r"or write '\*\*\*' for a line"),
         ("---\ntags: a\ntags: b\n---\n", "keys twice: tags"),
         ("---\nlicense: mit\n\n# Title\n", "the line '---' that ends it is missing"),
-        ("---\ntags: {a: b}\n---\n", "'tags' in the metadata .* must be a list"),
+        ("---\ntags: {a: b}\n---\n", "'tags' in the metadata .* must be one value or a list"),
         ("---\nmodel-index: text\n---\n", "'model-index' in the metadata .* is not valid"),
         ("---\nmodel-index:\n- name: x\n---\n", "'model-index' in the metadata .* is not valid"),
         ("---\nmodel-index:\n- name: x\n  results:\n  - task: {type: a}\n---\n", "'model-index' .* is not valid"),
@@ -410,7 +410,7 @@ def test_nothing_breaks_out_of_a_value() -> None:
         last_evaluation=Evaluation(step=1, metrics={short[:60]: 1.0}),
     )
     config = PrefixConfig(
-        base_model_name_or_path=EVIL, base_model_revision=EVIL, modules_to_save=[EVIL], init="text", init_text=EVIL
+        base_model_name_or_path=EVIL, base_model_revision=EVIL, modules_to_save=[short], init="text", init_text=EVIL
     )
     result = dataclasses.replace(ROUGE, dataset_name=EVIL, metric_name=EVIL, metric_value=EVIL, dataset_config=EVIL)
     evil = facts(

@@ -133,3 +133,38 @@ def test_other_models_are_uploaded_as_ever(hub: HubServer, ada: str, tmp_path: P
     make_trainer(FAMILIES["llama"].build(), tmp_path / "run", **PUSHING).train()
     assert "model.safetensors" in hub.paths(REPOSITORY)
     assert ".gitignore" not in hub.paths(REPOSITORY)
+
+
+def test_what_somebody_writes_here_between_two_uploads_stays(hub: HubServer, ada: str, tmp_path: Path) -> None:
+    hub.put(REPOSITORY, {"README.md": b"# Mine\n\nWritten on the Hub.\n"})
+    trainer = make_trainer(make(), tmp_path / "run", **PUSHING, hub_strategy="end")
+    trainer.train()
+    trainer.push_to_hub()
+    card = tmp_path / "run" / "README.md"
+    card.write_text(f"{card.read_text(encoding='utf-8')}\nWritten here.\n", encoding="utf-8")
+    trainer.push_to_hub()
+    for text in (readme(hub), card.read_text(encoding="utf-8")):
+        assert "\nWritten on the Hub.\n" in text
+        assert text.endswith("\nWritten here.\n")
+    hub.put(REPOSITORY, {"README.md": f"{readme(hub)}\nAnd there.\n".encode()})
+    trainer.push_to_hub()
+    assert readme(hub).endswith("\nWritten here.\n\nAnd there.\n")
+    hub.put(REPOSITORY, {"README.md": f"{readme(hub)}\nMore there.\n".encode()})
+    card.write_text(f"{card.read_text(encoding='utf-8')}\nMore here.\n", encoding="utf-8")
+    with pytest.warns(PrefixWarning, match="is kept in"):
+        trainer.push_to_hub()
+    assert readme(hub).endswith("\nAnd there.\n\nMore there.\n")
+    assert (tmp_path / "run" / "_README.md").read_text(encoding="utf-8").endswith("\nMore here.\n")
+    assert "_README.md" not in hub.paths(REPOSITORY)
+
+
+@pytest.mark.parametrize("metadata", ["x: !!bool maybe", "x: &a [*a]", "base_model:\n- name: x", "[" * 20_000])
+def test_no_card_ends_a_training(metadata: str, hub: HubServer, ada: str, tmp_path: Path) -> None:
+    content = f"---\n{metadata}\n---\n# Mine\n".encode()
+    hub.put(REPOSITORY, {"README.md": content})
+    trainer = make_trainer(make(), tmp_path / "run", **PUSHING)
+    with pytest.warns(PrefixWarning, match=r"README\.md was not renewed"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert hub.read(REPOSITORY, "README.md") == content
+    assert "prefix.safetensors" in hub.paths(REPOSITORY)

@@ -343,9 +343,10 @@ def test_the_card_of_several_prefixes_and_of_none(tmp_path: Path) -> None:
     assert text.startswith("# ")
     assert text.index("<!-- peft_prefix: a -->") < text.index("<!-- peft_prefix: b -->")
     assert 'subfolder="b"' in text
+    before = (tmp_path / "README.md").read_bytes()
     model.prefixes.requires_grad_(False)
     trainer.create_model_card()
-    assert "library_name: transformers" in card_in(tmp_path).content  # there is nothing to say
+    assert (tmp_path / "README.md").read_bytes() == before  # there is nothing to say
 
 
 def test_a_card_before_anything_is_saved(tmp_path: Path) -> None:
@@ -389,7 +390,9 @@ def test_the_card_on_the_hub_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     trainer = make_trainer(make(), tmp_path, hub_token="token", hub_revision="branch")
     trainer.hub_model_id = REPOSITORY
     (tmp_path / "README.md").write_text("Written here.\n", encoding="utf-8")
-    trainer.create_model_card(license="apache-2.0")
+    with pytest.warns(PrefixWarning, match=r"The Hub's text stays; this one is kept in .*_README\.md"):
+        trainer.create_model_card(license="apache-2.0")
+    assert (tmp_path / "_README.md").read_text(encoding="utf-8") == "Written here.\n"
     assert "Written on the Hub." in card_in(tmp_path).text
     assert "Written here." not in card_in(tmp_path).text
     assert card_in(tmp_path).data.license == "apache-2.0"
