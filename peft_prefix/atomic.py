@@ -53,6 +53,8 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
                 for aside in written:
                     aside.unlink(missing_ok=True)
             _flush(directory)
+    except FileExistsError as error:
+        raise PrefixFileError(f"{directory} is a file; give the folder in which to save.") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise PrefixFileError(
             f"{some_of(files)} cannot be written to {directory} ({error}). What was there is as it was. Give a folder "

@@ -20,6 +20,7 @@ from .errors import PrefixConfigError, PrefixFileError, some_of
 from .hub import SavedFiles
 from .patience import HUB_ERRORS
 from .peft_config import read_config
+from .plain_file import folder_here
 from .tensor_file import opened
 
 _LOADING_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError, KeyError, TypeError, ImportError)
@@ -144,7 +145,7 @@ def _checked_name(named: NamedBase) -> str:
             "machine that it was trained on. Load the base yourself and give it first: "
             "PrefixModel.from_pretrained(base, ...)."
         )
-    if named.is_from_hub and Path(named.name).is_dir():
+    if named.is_from_hub and folder_here(named.name) is not None:
         raise PrefixFileError(
             f"{named.file} names the base model {named.name!r} of the Hub, and there is a folder of that name here, "
             "which transformers would load instead. Load the base that you mean and give it first: "

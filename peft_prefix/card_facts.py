@@ -26,6 +26,7 @@ from .checkpoint import TENSOR_FILE, read_description
 from .errors import PrefixFileError
 from .front_matter import FrontMatter
 from .model_card import CardFacts, card_text, loss_curve_png, merge_model_index
+from .plain_file import folder_here
 from .tensor_file import opened
 
 CARD = "README.md"
@@ -54,7 +55,7 @@ def entry_facts(
         PrefixConfigError: A repository or a folder on the Hub could not have these names.
     """
     config, file = entry.config, directory / folder / TENSOR_FILE
-    if config.base_model_name_or_path is not None and Path(config.base_model_name_or_path).is_dir():
+    if config.base_model_name_or_path is not None and folder_here(config.base_model_name_or_path) is not None:
         config = config.replace(base_model_name_or_path=None)  # a folder here that is named like a repository
     saved: dict[str, Any] = {}
     if file.is_file():

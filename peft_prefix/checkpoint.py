@@ -52,11 +52,9 @@ def write_prefix(directory: Path, tensors: PrefixTensors, description: PrefixDes
         description: What `describe` gave of them.
 
     Raises:
-        PrefixFileError: A number is not finite, or `directory` is a file.
+        PrefixFileError: A number is not finite, or the folder cannot be written.
     """
     require_finite(tensors, f"Not saved to {directory}, which is left as it was")
-    if directory.is_file():
-        raise PrefixFileError(f"{directory} is a file; give the folder in which the prefix is to be saved.")
     text = description.to_json()
     metadata = {"format": "pt", _METADATA_KEY: text, _CHECKSUM_KEY: _checksum(text)}
     write_files(

@@ -133,7 +133,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "base_model_class": lambda value: value is None or (is_name(value) and value.isidentifier()),
     "problem_type": lambda value: value is None or value in PROBLEM_TYPES,
     "labels": lambda value: value is None or are_labels(value),
-    "format_version": lambda value: type(value) is int,
+    "format_version": lambda value: type(value) is int and 0 < value < 2**31,
     "library_version": is_name,
 }
 """Whether a value can be, by field."""

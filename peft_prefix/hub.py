@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from .checkpoint import TENSOR_FILE
 from .errors import PrefixConfigError, PrefixFileError, plain, some_of
 from .patience import HUB_ERRORS, patiently
+from .plain_file import folder_here
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_TENSOR_FILE = "adapter_model.safetensors"
@@ -67,7 +68,7 @@ def locate_prefix(prefix_name_or_path: str | Path, **options: Unpack[HubOptions]
         PrefixFileError: It is neither a folder nor to be had from the Hub.
     """
     subfolder = checked_subfolder(options.get("subfolder") or "")
-    directory = _path(prefix_name_or_path)
+    directory = folder_here(prefix_name_or_path)
     if directory is not None:
         if options.get("revision") is not None:
             raise PrefixConfigError(
@@ -100,7 +101,7 @@ def list_prefixes(
         >>> for subfolder in list_prefixes("user/repo"):  # doctest: +SKIP
         ...     model.load_prefix("user/repo", subfolder or "main", subfolder=subfolder)
     """
-    directory = _path(name_or_path)
+    directory = folder_here(name_or_path)
     if directory is not None:
         return _folders_of_prefixes(_paths_in(directory))
     repo_id, inside = split_name(name_or_path)
@@ -157,14 +158,6 @@ def _is_file_name(part: str) -> bool:
     return (
         part not in ("", ".", "..") and part.isprintable() and not re.search(r'[\\:*?"<>|]', part) and len(part) < 256
     )
-
-
-def _path(name: str | Path) -> Path | None:
-    """The folder here that is named so, if there is one."""
-    try:
-        return Path(name) if Path(name).is_dir() else None
-    except (OSError, ValueError, TypeError):  # too long a name, one with a null character, or none at all
-        return None
 
 
 def _in_folder(directory: Path, subfolder: str) -> SavedFiles:

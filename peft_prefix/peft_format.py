@@ -26,6 +26,7 @@ from .parameterization import PrefixTensors
 from .peft_config import PEFT_TYPES, PeftConfig, read_config
 from .peft_layout import SITE, PeftLayout, has_windows, layout_for, obstacle
 from .peft_modules import BASE, EMBEDDINGS, TaskType, task_type, weights_for, weights_to_write
+from .plain_file import folder_here
 from .tensor_file import TensorFile, opened
 
 CONFIG_FILE = "adapter_config.json"
@@ -224,11 +225,10 @@ def _require_own(directory: Path) -> None:
     """Check that saving here destroys no adapter of another method.
 
     Raises:
-        PrefixFileError: It would, or the folder is a file.
+        PrefixFileError: It would.
     """
-    if directory.is_file():
-        raise PrefixFileError(f"{directory} is a file; give the folder in which the prefix is to be saved.")
-    if (directory / CONFIG_FILE).exists():
+    folder = folder_here(directory)
+    if folder is not None and (folder / CONFIG_FILE).exists():
         try:
             read_config(directory / CONFIG_FILE)
         except PrefixFileError as error:

@@ -1,4 +1,4 @@
-"""Opening files that may come from a stranger: files only, and nothing that makes one wait."""
+"""Files and folders whose names may come from a stranger: nothing that makes one wait, or that cannot be."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def opened_file(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise PrefixFileError(f"{path} is not a file.")
         yield stream
+
+
+def folder_here(name: str | Path) -> Path | None:
+    """The folder on this machine that has a name, if there is one."""
+    try:
+        return Path(name) if Path(name).is_dir() else None
+    except (OSError, ValueError, TypeError):  # too long a name, one with a null character, or none at all
+        return None

@@ -11,7 +11,6 @@ import json
 import random
 import resource
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -22,18 +21,18 @@ from typing import Any
 import torch
 from families import FAMILIES
 from helpers import prefix_metadata, random_model
-from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 
-from peft_prefix import PrefixError, PrefixModel, PrefixWarning
+from peft_prefix import PrefixError, PrefixWarning
 
 MUTATIONS = 2000
 KINDS = ("prefix", "config", "peft")
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, "", "x", "x" * 100_000, "../../etc/passwd",
-    "/dev/zero", "C:\\x", "a\0b", "\ud800", "null", "mlp", "text", "encoder", "plain", "F16", "I64", "LORA",
-    "PREFIX_TUNING", "CARTRIDGE", "SEQ_2_SEQ_LM", "CAUSAL_LM", [], [[]], ["decoder"], ["decoder", "cross"], ["model"],
-    ["lm_head"], ["..", "."], [1] * 9, [2**40, 2**40], [0, 2**62], {}, {"a": {}}, {"__import__": "os"},
+    None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**4000, 0.5, -0.0, 1e308,
+    "", "x", "x" * 100_000, "../../etc/passwd", "/dev/zero", "C:\\x", "a\0b", "\ud800", "\x1b[2J", "a\u3000b", "null",
+    "mlp", "text", "encoder", "plain", "F16", "I64", "LORA", "PREFIX_TUNING", "CARTRIDGE", "SEQ_2_SEQ_LM", "CAUSAL_LM",
+    [], [[]], ["decoder"], ["decoder", "cross"], ["model"], ["lm_head"], ["lm_head"] * 100_000, ["..", "."],
+    ["\x1b[2J"], ["\ud800"], [1] * 9, [2**40, 2**40], [0, 2**62], {}, {"a": {}}, {"__import__": "os"},
 )  # fmt: skip
 """What somebody might write where something else belongs."""
 
@@ -111,12 +110,7 @@ def with_another_header(choose: random.Random, content: bytes) -> bytes:
 
 def forged(choose: random.Random, content: bytes) -> bytes:
     """A prefix's file that says of itself what cannot be, or holds it, with all checksums made to match."""
-    tensors = load(content)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        with safe_open(file.name, framework="pt") as opened:
-            description = json.loads(opened.metadata()["peft_prefix"])
+    tensors, description = load(content), _description(content)
     action = choose.randrange(5)
     if action <= 2:
         description[choose.choice([*description, "more"])] = choose.choice(VALUES)
@@ -130,7 +124,7 @@ def forged(choose: random.Random, content: bytes) -> bytes:
         )
     if action >= 3:
         description["sha256"] = _identity(tensors)
-    return save(tensors, metadata=prefix_metadata(json.dumps(description).replace("\\ud800", "?")))
+    return save(tensors, metadata=prefix_metadata(json.dumps(description)))
 
 
 def with_another_value(choose: random.Random, content: bytes) -> bytes:
@@ -162,7 +156,7 @@ class Fuzz:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = random_model(FAMILIES["llama"].build(), reparameterization="mlp")
+        self.model = random_model(FAMILIES["llama"].build(), reparameterization="mlp", mlp_hidden_size=16)
         self.model.base.config.name_or_path = "someone/base"
         self.model.save_pretrained(folder / "prefix")
         self.model.save_as_peft(folder / "peft")
@@ -170,14 +164,11 @@ class Fuzz:
         self.outcomes: dict[str, int] = {}
 
     def load(self, folder: Path, is_trainable: bool) -> dict[str, Any]:
-        model = PrefixModel(self.model.base)
-        model.load_prefix(folder, is_trainable=is_trainable)
-        config = model.prefixes.entry().config.to_dict()
-        return {
-            **model.prefix_state_dict(),
-            "config": config,
-            "length": model.prefixes.entry().config.num_virtual_tokens,
-        }
+        self.model.load_prefix(folder, "loaded", is_trainable=is_trainable)
+        config = self.model.prefixes.entry("loaded").config
+        found = {**self.model.prefix_state_dict("loaded"), "config": config.to_dict()}
+        self.model.remove_prefix("loaded")
+        return found
 
     def one(self, seed: int) -> str | None:
         """What is wrong with how one damaged folder is loaded, if anything."""
@@ -201,17 +192,45 @@ class Fuzz:
         for file_name, content in files.items():
             (damaged / file_name).write_bytes(content)
         label = f"{kind} {mutation.__name__}"
+        loaded = self._attempt(label, damaged, is_trainable=bool(choose.randrange(2)))
+        if loaded is None or isinstance(loaded, str):
+            return loaded
+        return self._difference(label, kind, loaded, damaged, is_forged=mutation is forged)
+
+    def every_value(self) -> list[str]:
+        """What is wrong with how files are loaded that say something impossible, each field and value in turn."""
+        content = (self.folder / "prefix" / "prefix.safetensors").read_bytes()
+        description, tensors = _description(content), load(content)
+        damaged = self.folder / "forged"
+        damaged.mkdir()
+        problems = []
+        for name in [*description, "more"]:
+            for value in VALUES:
+                text = json.dumps({**description, name: value})
+                (damaged / "prefix.safetensors").write_bytes(save(tensors, metadata=prefix_metadata(text)))
+                label = f"{name}={str(value)[:50]!r}"
+                loaded = self._attempt(label, damaged, is_trainable=True)
+                if isinstance(loaded, str):
+                    problems.append(loaded)
+                elif loaded is not None:
+                    problem = self._difference(label, "prefix", loaded, damaged, is_forged=True)
+                    problems += [problem] if problem else []
+        return problems
+
+    def _attempt(self, label: str, folder: Path, is_trainable: bool) -> dict[str, Any] | str | None:
+        """What loading gives; nothing if it is refused, or what is wrong with how it fails."""
         try:
-            loaded = self.load(damaged, bool(choose.randrange(2)))
+            loaded = self.load(folder, is_trainable)
         except PrefixError as error:
-            if not str(error) or len(str(error)) > 20_000:
-                return f"{label}: message of {len(str(error))} characters"
+            text = str(error).replace("\n", " ")
+            if not text or len(text) > 2_000 or not text.isprintable():
+                return f"{label}: message {text[:300]!r} of {len(text)} characters"
             self._count(f"{label}: refused")
             return None
         except BaseException:  # noqa: BLE001 - whatever it is, it is a finding
             return f"{label}: {traceback.format_exc(limit=-3)}"
         self._count(f"{label}: loaded")
-        return self._difference(label, kind, loaded, damaged, is_forged=mutation is forged)
+        return loaded
 
     def _difference(self, label: str, kind: str, loaded: dict[str, Any], damaged: Path, is_forged: bool) -> str | None:
         good = dict(self.good["peft" if kind == "peft" else "prefix"])
@@ -231,6 +250,13 @@ class Fuzz:
 
     def _count(self, label: str) -> None:
         self.outcomes[label] = self.outcomes.get(label, 0) + 1
+
+
+def _description(content: bytes) -> dict[str, Any]:
+    """The description inside a prefix's file."""
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["peft_prefix"])
+    return found
 
 
 def _place(choose: random.Random, content: bytes) -> int:
@@ -263,7 +289,7 @@ def main(folder: Path, begin: int, end: int) -> dict[str, Any]:
     for seed in range(20):  # whatever is imported or allocated once
         fuzz.one(seed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    slowest, failures = 0.0, []
+    slowest, failures = 0.0, fuzz.every_value() if begin == 0 else []
     for seed in range(begin, end):
         start = time.perf_counter()
         problem = fuzz.one(seed)

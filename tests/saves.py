@@ -23,7 +23,7 @@ SAVES = 60
 
 def make(number: int) -> PrefixModel:
     """A prefix that is told apart by its numbers, large enough for a write to take a while."""
-    model = random_model(FAMILIES["llama"].build(), p=200)
+    model = random_model(FAMILIES["llama"].build(), p=50)
     for parameter in model.prefixes.parameters():
         torch.nn.init.constant_(parameter, float(number))
     return model
@@ -40,9 +40,11 @@ def fork(work: object) -> int:
     return child
 
 
-def number_in(folder: Path, base: object) -> float:
+def number_in(folder: Path, reader: PrefixModel) -> float:
     """Which prefix is there; it must be a whole one."""
-    tensors = PrefixModel.from_pretrained(base, folder).prefix_state_dict()  # type: ignore[arg-type]
+    reader.load_prefix(folder, "found")
+    tensors = reader.prefix_state_dict("found")
+    reader.remove_prefix("found")
     numbers = {number for tensor in tensors.values() for number in tensor.unique().tolist()}
     assert len(numbers) == 1, numbers
     return numbers.pop()
@@ -50,7 +52,7 @@ def number_in(folder: Path, base: object) -> float:
 
 def killed(folder: Path) -> dict[str, object]:
     """Kill processes that save two prefixes in turn, and load after each."""
-    models, choose = [make(0), make(1)], random.Random(0)
+    reader, models, choose = make(2), [make(0), make(1)], random.Random(0)
 
     def save_for_ever() -> None:
         turn = 0
@@ -70,13 +72,13 @@ def killed(folder: Path) -> dict[str, object]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with_rest += set(folder.glob(".*")) != before
-        found.append(number_in(folder, models[0].base))
+        found.append(number_in(folder, reader))
     return {"found": found, "with_rest": with_rest, "rests": len(list(folder.glob(".*")))}
 
 
 def together(folder: Path) -> dict[str, object]:
     """Several processes save to one folder while another one loads."""
-    models = [make(number) for number in range(WRITERS)]
+    reader, models = make(WRITERS), [make(number) for number in range(WRITERS)]
     models[0].save_pretrained(folder)
 
     def save_often(model: PrefixModel) -> None:
@@ -86,11 +88,11 @@ def together(folder: Path) -> dict[str, object]:
     children = {fork(lambda model=model: save_often(model)) for model in models}
     found = set()
     while children:
-        found.add(number_in(folder, models[0].base))
+        found.add(number_in(folder, reader))
         done, state = os.waitpid(-1, os.WNOHANG)
         assert state == 0
         children.discard(done)
-    return {"found": sorted(found), "last": number_in(folder, models[0].base)}
+    return {"found": sorted(found), "last": number_in(folder, reader)}
 
 
 if __name__ == "__main__":

@@ -203,3 +203,32 @@ def test_the_class_of_every_family_is_found(family: str) -> None:
     mapping: Any = auto_class(named, config)._model_mapping
     found = mapping[type(config)]
     assert FAMILIES[family].model in [one.__name__ for one in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+def test_a_folder_here_does_not_stand_for_a_base_of_the_hub(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_prefix(hub, published(hub, FAMILIES["llama"].build(), tmp_path), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    FAMILIES["llama"].build(seed=1).save_pretrained("ada/base")
+    with pytest.raises(PrefixFileError, match="there is a folder of that name here"):
+        PrefixModel.from_pretrained("ada/prefix")
+
+
+def test_labels_that_cannot_be_written_down_and_kinds_of_labels(hub: HubServer, tmp_path: Path) -> None:
+    published(hub, FAMILIES["llama"].build(), tmp_path)
+    labels = {0: "a", 1: "", 2: "so\u3000so", 3: "x\ny"}
+    kind = "multi_label_classification"
+    base = LlamaForSequenceClassification.from_pretrained("ada/base", num_labels=4, id2label=labels, problem_type=kind)
+    get_prefix_model(base, PrefixConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "prefix")
+    loaded = PrefixModel.from_pretrained(tmp_path / "prefix")
+    assert loaded.config.id2label == {0: "a", 1: "LABEL_1", 2: "so\u3000so", 3: "LABEL_3"}
+    assert loaded.config.problem_type == kind
+
+
+@pytest.mark.parametrize("base", [None, 5, b"user/repo", ["user/repo"]])
+def test_what_is_no_name_and_no_model_is_refused(base: Any, tmp_path: Path) -> None:
+    with pytest.raises(PrefixConfigError, match="Give a model and the name of a prefix"):
+        PrefixModel.from_pretrained(base, tmp_path)
+    with pytest.raises(PrefixConfigError, match="A prefix is named by a text such as"):
+        PrefixModel.from_pretrained(FAMILIES["llama"].build(), base or 0)

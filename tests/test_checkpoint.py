@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,62 @@ def test_saving_to_a_file_is_refused(tmp_path: Path) -> None:
 def test_other_processes_do_not_write(tmp_path: Path) -> None:
     random_model(FAMILIES["llama"].build()).save_pretrained(tmp_path / "x", is_main_process=False)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["モデル\u3000集", "my\u00a0models", "a\tb", "x" * 5000, "\ud800"])
+def test_whatever_the_base_is_called_a_prefix_can_be_saved(name: str, tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    base.config.name_or_path = name
+    model = random_model(base)
+    model.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "prefix_config.json").read_text())
+    assert description["base_model_name_or_path"] in (name, None)
+    PrefixModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything can be written here")
+def test_a_folder_that_cannot_be_written_to_is_named(saved: Path) -> None:
+    saved.chmod(0o500)
+    with pytest.raises(PrefixFileError, match="cannot be written to"):
+        random_model(FAMILIES["llama"].build()).save_pretrained(saved)
+    saved.chmod(0o700)
+
+
+def test_places_that_cannot_be_written_to_are_named(saved: Path) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    before = load(saved).prefix_state_dict()
+    for folder in (saved / "prefix.safetensors" / "inside", saved / ("x" * 300), saved / "a\0b"):
+        with pytest.raises(PrefixFileError, match=r"cannot be written to|is a file"):
+            model.save_pretrained(folder)
+        with pytest.raises(PrefixFileError, match=r"cannot be written to|is a file"):
+            model.save_as_peft(folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load(saved).prefix_state_dict().items())
+    (saved / "taken").mkdir()
+    (saved / "taken" / "prefix.safetensors").mkdir()
+    with pytest.raises(PrefixFileError, match="cannot be written to"):
+        model.save_pretrained(saved / "taken")
+
+
+def test_a_card_that_cannot_be_read_is_no_reason_not_to_save(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["llama"].build())
+    (tmp_path / "README.md").mkdir()
+    with pytest.warns(PrefixWarning, match="is saved in .* but not its card"):
+        model.save_pretrained(tmp_path)
+    load(tmp_path)
+
+
+def test_saves_at_the_same_time_lose_no_section_of_the_card(tmp_path: Path) -> None:
+    models = [random_model(FAMILIES["llama"].build()) for _ in range(3)]
+    for number, model in enumerate(models):
+        model.add_prefix(f"task{number}", model.prefixes.entry().config)
+        model.prefixes["default"].requires_grad_(False)
+        model.set_prefix(None)
+    for _ in range(5):
+        threads = [threading.Thread(target=model.save_pretrained, args=(tmp_path,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        card = (tmp_path / "README.md").read_text()
+        assert all(f"<!-- peft_prefix: task{number} -->" in card for number in range(3))
+        (tmp_path / "README.md").unlink()

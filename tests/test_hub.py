@@ -210,3 +210,23 @@ def test_a_link_out_of_a_folder_is_only_read_if_it_is_a_prefix(model: PrefixMode
     (tmp_path / "home").mkdir()
     (tmp_path / "trap" / "up").symlink_to(tmp_path)
     assert list_prefixes(tmp_path / "trap") == [""]
+
+
+def test_a_hub_that_fails_has_not_said_that_there_is_no_prefix(
+    hub: HubServer, model: PrefixModel, tmp_path: Path
+) -> None:
+    put(hub, model, tmp_path)
+    other = random_model(model.base, p=9)
+    other.save_as_peft(tmp_path / "peft")
+    hub.put("ada/prefix", {file.name: file.read_bytes() for file in (tmp_path / "peft").iterdir()})
+    hub.fail("*/prefix.safetensors", times=1000, status=500)
+    with pytest.raises(PrefixFileError, match="the Hub did not give"):
+        PrefixModel.from_pretrained(model.base, "ada/prefix")
+    hub.mend()
+    assert_same(PrefixModel.from_pretrained(model.base, "ada/prefix"), model)
+
+
+def test_the_name_of_a_file_is_not_that_of_a_folder(model: PrefixModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PrefixFileError, match="names a file; give the folder"):
+        PrefixModel.from_pretrained(model.base, str(tmp_path / "prefix.safetensors"))

@@ -506,3 +506,25 @@ def test_no_picture_of_one_point_or_without_matplotlib(monkeypatch: pytest.Monke
     assert loss_curve_png(full_record(training_losses=((1, 1.0),), evaluation_losses=((1, 1.0),))) is None
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert loss_curve_png(full_record()) is None
+
+
+def test_numbers_that_cannot_be_drawn_give_no_picture() -> None:
+    pytest.importorskip("matplotlib")
+    wild = TrainingRecord(
+        steps=2**53,
+        kept_step=2**53,
+        training_losses=((0, -1.7e308), (2**53, 1.7e308)),
+        evaluation_losses=((0, 1e-320), (1, 1.7e308)),
+    )
+    picture = loss_curve_png(wild)
+    assert picture is None or picture.startswith(b"\x89PNG")
+
+
+def test_metadata_that_would_grow_are_refused() -> None:
+    levels = [f"a{level + 1}: &a{level + 1} [{', '.join([f'*a{level}'] * 9)}]" for level in range(9)]
+    bomb = "\n".join(["a0: &a0 [x]", *levels])
+    with pytest.raises(PrefixFileError, match="values, with those that it repeats"):
+        card_text(f"---\n{bomb}\ntags: *a9\n---\n", facts())
+    for text in ("[" * 20_000, "x: &a [*a]", "x: !!bool maybe", "x: !!int ''", "y: " + "1" * 300_000):
+        with pytest.raises(PrefixFileError, match="not valid YAML"):
+            card_text(f"---\n{text}\n---\n", facts())

@@ -238,3 +238,25 @@ def test_what_has_not_arrived_is_not_taken_for_saved(
     model.push_to_hub("ada/prefix", prefix_name="default", tags="one")
     model.save_pretrained(tmp_path)
     assert "one" in ModelCard(hub.read("ada/prefix", "README.md").decode()).data.tags
+
+
+def test_names_with_a_folder_tags_and_processes(hub: HubServer, ada: str, model: PrefixModel) -> None:
+    model.push_to_hub("ada/tasks/webnlg", tags=None)
+    assert list_prefixes("ada/tasks") == ["webnlg"]
+    with pytest.raises(PrefixConfigError, match="tags must be texts"):
+        model.push_to_hub("ada/tasks", tags=[{"a": 1}])  # type: ignore[list-item]
+    assert model.push_to_hub("ada/none", is_main_process=False) is None
+    assert "ada/none" not in hub.repositories
+    state = {name: torch.full_like(tensor, 3.0) for name, tensor in model.state_dict().items()}
+    model.push_to_hub("ada/given", state_dict=state)
+    loaded = PrefixModel.from_pretrained(model.base, "ada/given")
+    assert all((tensor == 3).all() for tensor in loaded.prefix_state_dict().values())
+
+
+def test_a_folder_is_pushed_under_its_own_name(
+    hub: HubServer, ada: str, model: PrefixModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    model.save_pretrained(".", push_to_hub=True)
+    assert set(hub.paths("ada/mine")) == FILES
