@@ -170,14 +170,11 @@ def auto_class(named: NamedBase, config: PretrainedConfig) -> type[_BaseAutoMode
     ]
     remote = getattr(config, "auto_map", None) or {}
     for auto in candidates:
-        if auto.__name__ == wanted:
-            return auto
         mapping: Any = auto._model_mapping
         found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
         known = found if isinstance(found, (list, tuple)) else (found,)
-        if any(model.__name__ == wanted for model in known):
-            return auto
-        if str(remote.get(auto.__name__, "")).rpartition(".")[2] == wanted:
+        own_code = str(remote.get(auto.__name__, "")).rpartition(".")[2]
+        if wanted in (auto.__name__, own_code, *(model.__name__ for model in known)):
             return auto
     raise PrefixFileError(
         f"{named.file} was trained on a {wanted}, which transformers does not find for the base model {named.name!r}. "

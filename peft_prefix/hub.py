@@ -99,7 +99,7 @@ def list_prefixes(
 
     Example:
         >>> for subfolder in list_prefixes("user/repo"):  # doctest: +SKIP
-        ...     model.load_prefix("user/repo", subfolder or "main", subfolder=subfolder)
+        ...     model.load_prefix("user/repo", subfolder.replace("/", "-") or "main", subfolder=subfolder)
     """
     directory = folder_here(name_or_path)
     if directory is not None:

@@ -49,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TABLES] = [Table("conformance", list(FAMILIES)), Table("ways", list(KINDS))]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: at the end, one process would work on them while the other has nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class Table:
     """What the tests with one mark found, and how it reads.
 

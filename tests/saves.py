@@ -18,7 +18,7 @@ from peft_prefix import PrefixModel
 
 KILLS = 200
 WRITERS = 3
-SAVES = 60
+SAVES = 25
 
 
 def make(number: int) -> PrefixModel:
