@@ -160,7 +160,8 @@ def auto_class(named: NamedBase, config: PretrainedConfig) -> type[_BaseAutoMode
     Raises:
         PrefixFileError: There is none.
     """
-    wanted = named.class_name or next(iter(config.architectures or ()), None)
+    usual = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    wanted = named.class_name or usual
     candidates = [
         auto
         for auto_name in dir(transformers)
