@@ -144,6 +144,7 @@ def test_fsdp(tmp_path: Path) -> None:
     assert 0 < size < 4 * model.base.num_parameters() / 4
     assert not list(sharded.glob("prefix*"))  # as docs/distributed.md says
 
+    assert found["uploads"] == [2, 0]
     assert "in every process" in found["refusals"][0]
     assert "only a part of the prefix" in found["refusals"][1]
     assert not (folder / "saved" / "refused").exists()
@@ -157,6 +158,7 @@ def test_fsdp(tmp_path: Path) -> None:
     metadata = json.loads((folder / "saved" / "final" / "prefix_config.json").read_text())
     loaded.save_pretrained(folder / "fingerprint")
     again = json.loads((folder / "fingerprint" / "prefix_config.json").read_text())
+    assert metadata["base_model_class"] == again["base_model_class"] == "GPT2LMHeadModel"
     assert metadata["weights_fingerprint"] == again["weights_fingerprint"] is not None
 
     # Older versions do not restore the optimizer from sharded states.

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -223,7 +224,11 @@ def fsdp(folder: Path) -> dict[str, Any]:
     with Gathered() as gathered:
         trainer.save_model(str(folder / "saved" / "again"))
     found["gathered numbers"] = gathered.numbers
-    trainer.model.save_pretrained(folder / "saved" / "by all", is_main_process=is_main())
+    with patch("peft_prefix.saving.upload") as upload:
+        options: dict[str, Any] = dict(is_main_process=is_main())
+        trainer.model.save_pretrained(folder / "saved" / "by all", push_to_hub=True, repo_id="ada/prefix", **options)
+        trainer.model.push_to_hub("ada/prefix", **options)
+    found["uploads"] = everywhere(upload.call_count)
     found["refusals"] = [
         refusal(lambda: trainer.model.save_pretrained(folder / "saved" / "refused", state_dict={})),
         refusal(lambda: trainer.model.prefixes.require_usable(dict(trainer.model.prefixes))),
@@ -285,6 +290,13 @@ def adapter(folder: Path) -> dict[str, Any]:
         result["resumed"] = train(last, folder / "resumed", resume=resume, **run)[1]
         result["same"] = same_everywhere(trainer.model, last)
     return result
+
+
+def everywhere(number: int) -> list[int]:
+    """A number of each process, in order."""
+    numbers: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    return numbers
 
 
 def refusal(function: Callable[[], Any]) -> str:
