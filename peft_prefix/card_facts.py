@@ -126,7 +126,9 @@ def local_card(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise PrefixFileError(f"{file} cannot be read ({error}), so it is left as it is.") from error
+        raise PrefixFileError(
+            f"{file} cannot be read ({error}), so it is left as it is. Make it readable, or move it."
+        ) from error
 
 
 def card_on_hub(

@@ -49,7 +49,7 @@ def write_prefix(directory: Path, tensors: PrefixTensors, description: PrefixDes
     Args:
         directory: Folder for the files; made if it is missing.
         tensors: What `stored` gave.
-        description: What `describe` gave of them.
+        description: What is said of them.
 
     Raises:
         PrefixFileError: A number is not finite, or the folder cannot be written.
@@ -100,8 +100,8 @@ def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
                 f"{file} holds the weights of another model ({some_of(foreign)}), which saving here would destroy. "
                 "Save the prefix to a folder of its own."
             )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    content = save(plain, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE})
+    detached = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    content = save(detached, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE})
     write_files(file.parent, {file.name: content})
 
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from .checkpoint import TENSOR_FILE
 from .errors import PrefixConfigError, PrefixFileError, plain, some_of
 from .patience import HUB_ERRORS, patiently
+from .peft_config import CONFIG_FILE as PEFT_CONFIG_FILE
+from .peft_config import TENSOR_FILE as PEFT_TENSOR_FILE
 from .plain_file import folder_here
 
-PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_TENSOR_FILE = "adapter_model.safetensors"
 _MAYBE_OF_PEFT = (EntryNotFoundError, RuntimeError)
 """There is no prefix, or no connection: then PEFT's files may be here from before. `HUB_ERRORS` tells of the latter."""
 

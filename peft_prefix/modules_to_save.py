@@ -88,7 +88,7 @@ class ModuleWeights(nn.Module, Weights):
     def __init__(self, base: PreTrainedModel, names: tuple[str, ...]) -> None:
         super().__init__()
         self.module_names = names
-        self.places, parameters = _places(base, names)
+        self.places, parameters = kept_places(base, names)
         """Where each parameter goes: several places where modules of the base share one parameter."""
         for place, parameter in parameters.items():
             self._add(place, parameter)
@@ -154,7 +154,7 @@ def module_shapes(base: PreTrainedModel, names: tuple[str, ...]) -> dict[str, tu
 
     Args: as `ModuleWeights`.
     """
-    return {f"{MODULES}.{place}": tuple(parameter.shape) for place, parameter in _places(base, names)[1].items()}
+    return {f"{MODULES}.{place}": tuple(parameter.shape) for place, parameter in kept_places(base, names)[1].items()}
 
 
 def resolved_modules(base: PreTrainedModel, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -284,7 +284,7 @@ def _switch_for(module: nn.Module) -> _Switch:
         return cast("_Switch", switch)
 
 
-def _places(base: PreTrainedModel, names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, nn.Parameter]]:
+def kept_places(base: PreTrainedModel, names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, nn.Parameter]]:
     """Under which name each parameter of some modules is kept, by its own name, and those that are kept."""
     places: dict[str, str] = {}
     shared: dict[nn.Parameter, str] = {}

@@ -10,6 +10,8 @@ from . import strict_json
 from .errors import PrefixFileError
 from .plain_file import opened_file
 
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 """The methods of PEFT that are keys and values of virtual tokens; the first is the one that is written."""
 MAX_BYTES = 2**20

@@ -17,20 +17,17 @@ from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from .atomic import write_files
-from .checkpoint import require_finite
+from .checkpoint import require_finite, stored
 from .config import PrefixConfig
-from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, PrefixInputError, name_of, some_of
+from .errors import IncompatibleBaseError, PrefixConfigError, PrefixFileError, name_of, some_of
 from .geometry import Geometry
 from .modules_to_save import MODULES
 from .parameterization import PrefixTensors
-from .peft_config import PEFT_TYPES, PeftConfig, read_config
+from .peft_config import CONFIG_FILE, PEFT_TYPES, TENSOR_FILE, PeftConfig, read_config
 from .peft_layout import SITE, PeftLayout, has_windows, layout_for, obstacle
 from .peft_modules import BASE, EMBEDDINGS, TaskType, task_type, weights_for, weights_to_write
 from .plain_file import folder_here
 from .tensor_file import TensorFile, opened
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 
 
 def read_peft(
@@ -114,16 +111,14 @@ def write_peft(
         PrefixInputError: `dtype` is none of float32, float16 and bfloat16.
         PrefixFileError: A number is not finite in this dtype, or the folder holds an adapter of another method.
     """
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise PrefixInputError(
-            f"A prefix is saved as torch.float32, torch.float16 or torch.bfloat16, not as {dtype!r}."
-        )
     task = _require_expressible(config, base, geometry)
     layout = layout_for(base, geometry)
     modules = weights_to_write(config.modules_to_save or (), tensors, base, task)
-    stored = {EMBEDDINGS: layout.rows(tensors, config.num_virtual_tokens), **modules}
-    stored = {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in stored.items()}
-    require_finite(stored, f"Not saved to {directory}, which is left as it was")
+    rows = layout.rows(tensors, config.num_virtual_tokens)
+    # Copies: one weight may stand in two places, which a file of tensors does not know.
+    found = {name: tensor.clone() for name, tensor in {EMBEDDINGS: rows, **modules}.items()}
+    content = stored(found, dtype)
+    require_finite(content, f"Not saved to {directory}, which is left as it was")
     _require_own(directory)
     fields = {
         "peft_type": PEFT_TYPES[0],
@@ -141,7 +136,7 @@ def write_peft(
         "modules_to_save": list(config.modules_to_save or ()) or None,
     }
     description = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    write_files(directory, {TENSOR_FILE: save(stored, metadata={"format": "pt"}), CONFIG_FILE: description.encode()})
+    write_files(directory, {TENSOR_FILE: save(content, metadata={"format": "pt"}), CONFIG_FILE: description.encode()})
 
 
 def _unreadable(config: PeftConfig, base: PreTrainedModel, geometry: Geometry) -> str | None:

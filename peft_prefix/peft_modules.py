@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from .backbone import backbone_of
 from .errors import IncompatibleBaseError, PrefixConfigError, name_of
-from .modules_to_save import MODULES, ModuleWeights, resolved_modules
+from .modules_to_save import MODULES, ModuleWeights, kept_places, resolved_modules
 from .processes import is_sharded
 
 EMBEDDINGS = "prompt_embeddings"
@@ -138,11 +138,7 @@ def weights_to_write(
     Raises:
         PrefixConfigError: Weights of the base that are needed are quantized, elsewhere or not in memory.
     """
-    places: dict[str, str] = {}
-    kept: dict[torch.nn.Parameter, str] = {}
-    for name in names:  # where modules share a parameter, the prefix has it by its first name, as in `ModuleWeights`
-        for place, parameter in base.get_submodule(name).named_parameters(prefix=name, remove_duplicate=False):
-            places[place] = kept.setdefault(parameter, place)
+    places, _ = kept_places(base, names)
     found = {}
     for place, own in state_of(base, modules_of(base, (*names, *ADDED.get(task, ())))).items():
         weight = tensors[f"{MODULES}.{places[place]}"] if place in places else own

@@ -24,10 +24,10 @@ def opened_file(path: Path) -> Iterator[BinaryIO]:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         stream = os.fdopen(os.open(path, flags), "rb")
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise PrefixFileError(f"{path} cannot be read ({error}).") from error
+        raise PrefixFileError(f"{path} cannot be read ({error}). Save or download it again.") from error
     with stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise PrefixFileError(f"{path} is not a file.")
+            raise PrefixFileError(f"{path} is not a file. Give the folder that save_pretrained wrote.")
         yield stream
 
 

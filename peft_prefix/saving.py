@@ -203,8 +203,7 @@ class SavingModel(TrainingStateModel):
             PrefixFileError: The prefix contains NaN or infinity, or the folder cannot be written. What was there stays.
         """
         entry = self.prefixes.entry(prefix_name)
-        tensors = checkpoint.stored(self.prefixes.saved(entry), dtype)
-        write_peft(Path(save_directory), entry.config, tensors, self.base, self.geometry, dtype)
+        write_peft(Path(save_directory), entry.config, self.prefixes.saved(entry), self.base, self.geometry, dtype)
 
     def prefix_state_dict(self, prefix_name: str | None = None) -> PrefixTensors:
         """What the file of a prefix contains, the active one if none is named; detached and named as there.
