@@ -1,6 +1,7 @@
 """Prefix-tuning (Li & Liang 2021) for any causal or encoder-decoder model of transformers."""
 
 from . import trainer_integration as trainer_integration
+from . import trainer_optimizer as trainer_optimizer
 from .bank_trainer import PrefixBankTrainer
 from .collator import PromptTargetCollator
 from .config import PrefixConfig

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .config import PrefixConfig
 from .errors import PrefixConfigError, some_of
 from .geometry import Geometry
-from .learning_rate import GOOD_LEARNING_RATE, GOOD_LEARNING_RATE_WITH_MODULES, LearningRateWatch
+from .learning_rate import LearningRateWatch, good_learning_rate
 from .modules_to_save import MODULES, ModuleWeights
 from .ownership import Owner
 from .parameterization import DirectPrefix, Parameterization, PrefixTensors, StoredPrefix, build_parameterization
@@ -113,11 +113,10 @@ class PrefixBank(nn.ModuleDict):
         module.to(device)
         if isinstance(module, DirectPrefix):
             module.spread(devices)
-            good_rate = GOOD_LEARNING_RATE_WITH_MODULES if weights.module_names else GOOD_LEARNING_RATE
             bank = weakref.ref(self)
             watch = LearningRateWatch(
                 module.parameters(),  # of the prefix alone
-                good_rate,
+                self.good_learning_rate(config, weights),
                 lambda: [] if (known := bank()) is None else list(known.parameters()),
             )
             weakref.finalize(module, watch.stop)
@@ -130,6 +129,14 @@ class PrefixBank(nn.ModuleDict):
         entry = BankEntry(name, config, module, weights, self._installed)
         entry.saved_as = entry.owner(self)
         self.entries[name] = entry  # at last: another thread may be reading
+
+    def good_learning_rate(self, config: PrefixConfig, weights: ModuleWeights) -> float:
+        """What is recommended for a prefix of this configuration with weights for these modules."""
+        return good_learning_rate(
+            config.reparameterization,
+            is_encoder_decoder=not {"encoder", "cross"}.isdisjoint(self.geometry.sites),
+            has_modules=bool(weights.module_names),
+        )
 
     def remove(self, name: str) -> None:
         """Forget a prefix; calls that run with it go on.

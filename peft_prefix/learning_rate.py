@@ -1,4 +1,4 @@
-"""Warnings for a first optimizer step that leaves a directly trained prefix where it started.
+"""Learning rates that work, and warnings for a first step that leaves a directly trained prefix where it started.
 
 Keys and values that are parameters themselves need steps some hundred times larger than weights do. The Trainer's
 default of 5e-5 moves them so little that training looks broken, which is the most common way to fail with this method.
@@ -15,16 +15,38 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .config import Reparameterization
 from .errors import PrefixWarning
 
 GOOD_LEARNING_RATE = 3e-2
-"""A learning rate for a direct prefix and an Adam-like optimizer that worked well in our measurements."""
+"""A learning rate for a direct prefix of a causal model and an Adam-like optimizer."""
+
+GOOD_LEARNING_RATE_ENCODER_DECODER = 1e-1
+"""The same for an encoder-decoder model."""
+
+GOOD_LEARNING_RATE_OF_NETWORK = 1e-3
+"""The same for the reparameterization's network."""
 
 GOOD_LEARNING_RATE_WITH_MODULES = 1e-2
-"""The same where modules of the base, such as a new head, are trained with the prefix."""
+"""The same where modules of the base, such as a new head, are trained with a direct prefix."""
 
 SMALLEST_USEFUL_LEARNING_RATE = 1e-3
 """Below this a direct prefix hardly moves in thousands of steps."""
+
+
+def good_learning_rate(reparameterization: Reparameterization, *, is_encoder_decoder: bool, has_modules: bool) -> float:
+    """What worked well in our measurements (docs/results.md) for an Adam-like optimizer.
+
+    Args:
+        reparameterization: The prefix's form.
+        is_encoder_decoder: Whether the base has an encoder.
+        has_modules: Whether modules of the base are trained with the prefix.
+    """
+    if reparameterization == "mlp":
+        return GOOD_LEARNING_RATE_OF_NETWORK
+    if has_modules:
+        return GOOD_LEARNING_RATE_WITH_MODULES
+    return GOOD_LEARNING_RATE_ENCODER_DECODER if is_encoder_decoder else GOOD_LEARNING_RATE
 
 
 class LearningRateWatch:
@@ -54,22 +76,26 @@ class LearningRateWatch:
 
     def _look(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # The hook stays registered until `stop`: removing it here would change the list that is being walked.
-        for group in [] if self._done else optimizer.param_groups:
-            if any(parameter in self._parameters for parameter in group["params"]):
-                self._done = True
-                if not any(given is not None for given in (*args[1:], *kwargs.values())):  # no closure to find them
-                    self._look_for_gradients(optimizer)
-                # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
-                rate = float(max(group["lr"], group.get("initial_lr", 0.0)))
-                if rate < SMALLEST_USEFUL_LEARNING_RATE:
-                    warnings.warn(
-                        f"The learning rate {rate:g} will hardly move a prefix of plain keys and values. Use about "
-                        f"{self.good_rate:g} (TrainingArguments(learning_rate={self.good_rate:g})), or "
-                        'PrefixConfig(reparameterization="mlp") for small ones.',
-                        PrefixWarning,
-                        stacklevel=2,
-                    )
-                return
+        own = [
+            group
+            for group in ([] if self._done else optimizer.param_groups)
+            if any(parameter in self._parameters for parameter in group["params"])
+        ]
+        if not own:
+            return
+        self._done = True
+        if not any(given is not None for given in (*args[1:], *kwargs.values())):  # no closure to find them
+            self._look_for_gradients(optimizer)
+        # A scheduler's warm-up starts near zero; it leaves the peak in "initial_lr".
+        rate = max(float(max(group["lr"], group.get("initial_lr", 0.0))) for group in own)
+        if rate < SMALLEST_USEFUL_LEARNING_RATE:
+            warnings.warn(
+                f"The learning rate {rate:g} will hardly move a prefix of plain keys and values. Use about "
+                f"{self.good_rate:g} (TrainingArguments(learning_rate={self.good_rate:g})), or "
+                'PrefixConfig(reparameterization="mlp") for small ones.',
+                PrefixWarning,
+                stacklevel=2,
+            )
 
     def _look_for_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -26,15 +26,16 @@ from .errors import PrefixConfigError, PrefixError, PrefixWarning, some_of
 from .fingerprint import weights_fingerprint
 from .hub import checked_subfolder, split_name
 from .model_card import card_text, loss_curve_png
+from .optimizer_groups import OptimizableModel
 from .parameterization import PrefixTensors
 from .peft_format import write_peft
 from .processes import own_class
 from .steps import changes
-from .training_state import TrainingStateModel, own_part
+from .training_state import own_part
 from .upload import upload
 
 
-class SavingModel(TrainingStateModel):
+class SavingModel(OptimizableModel):
     """A model whose prefixes can be saved."""
 
     def __init__(self, base: PreTrainedModel) -> None:

@@ -1,0 +1,113 @@
+"""What the stock `Trainer` does differently when it optimizes a prefix: no weight decay, and norms in its log.
+
+Importing this module adds a callback to those that every `Trainer` has, and a filter to
+`Trainer.get_decay_parameter_names`. Both do nothing where the model is no `PrefixModel`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import trainer as trainer_module
+
+from .bank import PrefixBank
+from .modules_to_save import MODULES
+from .optimizer_groups import trained_by_role
+from .parameterization import PrefixTensors
+from .processes import is_sharded
+from .trainer_integration import prefixes_in
+
+NORM = "prefix_norm"
+"""In the log: root mean square of the active prefix's keys and values."""
+CHANGE = "prefix_change"
+"""In the log: how far they are from where this run began, as a share of their norm at its beginning."""
+_FILTERED = "_spares_prefixes"
+
+
+class NormCallback(TrainerCallback):
+    """Adds the norm of the active prefix, and how far it has moved, to what is logged with a training loss."""
+
+    def __init__(self) -> None:
+        self._start: dict[str, PrefixTensors] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep what the run begins with."""
+        model = prefixes_in(kwargs.get("model"))
+        self._start = {} if model is None else _trained_numbers(model.prefixes)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the norms, also to the history that the `Trainer` has just written."""
+        model = prefixes_in(kwargs.get("model"))
+        if logs is None or "loss" not in logs or model is None or model.prefixes.active not in self._start:
+            return
+        name = model.prefixes.active
+        now, start = _trained_numbers(model.prefixes).get(name), self._start[name]
+        if now is None:
+            return
+        change = _norm({key: tensor - start[key] for key, tensor in now.items()})
+        count = sum(tensor.numel() for tensor in now.values())
+        norms = {NORM: _norm(now) / count**0.5, CHANGE: change / max(_norm(start), 1e-12)}
+        logs.update(norms)
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1].update(norms)
+
+
+def spared(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the names that do not belong to a prefix's keys and values, or to the network that makes them."""
+    inner = prefixes_in(model)
+    if inner is None:
+        return names
+    own = {
+        parameter
+        for entry in inner.prefixes.entries.values()
+        for role, parameter in trained_by_role(entry.module)
+        if role != MODULES
+    }
+    theirs = {name for name, parameter in model.named_parameters() if parameter in own}
+    return [name for name in names if name not in theirs]
+
+
+def _trained_numbers(bank: PrefixBank) -> dict[str, PrefixTensors]:
+    """Copies of the keys and values of the trained prefixes, as far as this process has them whole."""
+    found = {}
+    with torch.no_grad():
+        for name, entry in bank.entries.items():
+            if entry.is_trained and not any(map(is_sharded, entry.module.parameters())):
+                found[name] = {key: tensor.detach().clone() for key, tensor in entry.module().items()}
+    return found
+
+
+def _norm(tensors: PrefixTensors) -> float:
+    return float(torch.stack([tensor.float().square().sum() for tensor in tensors.values()]).sum().sqrt())
+
+
+def _register() -> None:
+    callbacks = cast("list[type[TrainerCallback]]", trainer_module.DEFAULT_CALLBACKS)
+    if NormCallback not in callbacks:
+        callbacks.append(NormCallback)
+    method = Trainer.get_decay_parameter_names
+    if hasattr(method, _FILTERED):
+        return
+
+    @functools.wraps(method)
+    def get_decay_parameter_names(self: Trainer, model: nn.Module) -> list[str]:
+        return spared(model, method(self, model))
+
+    setattr(get_decay_parameter_names, _FILTERED, True)
+    Trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+
+
+_register()
