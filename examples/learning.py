@@ -1,137 +1,196 @@
-"""Measure what a prefix learns in 50 steps, for every initializer and both parameterizations.
+"""Train small models on little data in many ways, side by side, and keep what each run gave in one file.
 
-200 E2E examples, 50 steps of batch 8, 64 held-out examples, AdamW with 5 warm-up steps and linear decay, gradients
-clipped at 1. Prints a Markdown table and writes the same numbers as JSON. Run it with
+200 training examples, 100 steps of batch 8 by the stock `Trainer` (AdamW, 5 warm-up steps, linear decay, gradients
+clipped at 1, no weight decay, bfloat16 autocast), dev loss in nats per target token on 64 held-out examples. A plan is
+a list of runs:
 
-    python examples/learning.py --seeds 0 1
+    python examples/learning.py comparison     # our defaults, PEFT's prefixes, LoRA, full fine-tuning; three seeds
+    python examples/learning.py sweep          # learning rate x initializer x form x length
+
+A run that is in the file already is not repeated, so a plan may be stopped and started again at any time.
+`examples/learning_report.py` makes tables and pictures of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import methods
 import smollm2
 import table_to_text as t2t
 import torch
-import transformers
-from transformers import Trainer, TrainingArguments
+from plans import PLANS, Run
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from peft_prefix import PrefixConfig, PromptTargetCollator, __version__, get_prefix_model
+from peft_prefix import PromptTargetCollator
 
-VIRTUAL_TOKENS = 40
-METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "vocabulary (default)": (dict(init="vocabulary"), 3e-2),
-    "text": (dict(init="text"), 3e-2),
-    "normal, std 0.02": (dict(init="normal", init_std=0.02), 3e-2),
-    "zeros": (dict(init="zeros"), 3e-2),
-    "vocabulary, MLP": (dict(init="vocabulary", reparameterization="mlp"), 1e-3),
-    "text, MLP": (dict(init="text", reparameterization="mlp"), 1e-3),
-}
-"""Configuration and peak learning rate by name."""
+RESULTS = Path(__file__).with_name("results")
 
 
-class Task:
-    """The data of the measurement, and the text of the `text` initializer."""
+class Curve(TrainerCallback):
+    """Measures the dev loss after some steps."""
 
-    def __init__(self, base: Any, tokenizer: Any, data: str | None) -> None:
-        training = t2t.draw(t2t.load(data, "train")[0], 200, seed=0)
-        held_out = t2t.draw(t2t.load(data, "dev")[0], 64, seed=0)
-        self.train = [t2t.row_of(example) for example in training]
-        self.dev = [t2t.row_of(example) for example in held_out]
-        self.collate = PromptTargetCollator(tokenizer, base)
-        texts = [f"Describe the restaurant .\n{t2t.prompt_of(example)}{example.target}\n" for example in training]
-        self.text = max(
-            (text for text in texts if len(tokenizer(text)["input_ids"]) <= VIRTUAL_TOKENS),
-            key=lambda text: len(tokenizer(text)["input_ids"]),
-        )
+    def __init__(self, steps: tuple[int, ...], measure: Any) -> None:
+        self.steps, self.measure = steps, measure
+        self.losses: dict[int, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, if it is time."""
+        if state.global_step in self.steps:
+            self.losses[state.global_step] = self.measure()
 
 
-def measure(base: Any, tokenizer: Any, task: Task, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train once and return the dev loss before and after."""
-    fields, rate = METHODS[name]
-    length = VIRTUAL_TOKENS
-    if fields["init"] == "text":
-        fields = {**fields, "init_text": task.text}
-        length = len(tokenizer(task.text)["input_ids"])
-    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=length, init_seed=seed, **fields), tokenizer)
-    before = t2t.loss_per_token(model, task.dev, task.collate)
-    started = time.perf_counter()
-    Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=50,
+def execute(run: Run, model_name: str | None = None, data: str | None = None) -> dict[str, Any]:
+    """Do one run in this process and return what it gave."""
+    set_seed(run.seed)
+    base, tokenizer, origin = smollm2.load(model_name)
+    base.set_attn_implementation("eager")  # faster than sdpa's backward pass for short texts on a CPU
+    source = data or str(t2t.DATA_BESIDE_CHECKOUT / run.task)
+    drawn = t2t.draw(t2t.load(source, "train")[0], 200, seed=0)
+    train = [t2t.row_of(example) for example in drawn]
+    held_out = t2t.draw(t2t.load(source, "dev")[0], 64, seed=0)
+    dev = sorted((t2t.row_of(example) for example in held_out), key=lambda row: len(row["prompt"] + row["target"]))
+    collate = PromptTargetCollator(tokenizer, base)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def measure() -> float:
+        return t2t.loss_per_token(model, dev, collate)
+
+    model = run.method.build(methods.Setting(base, tokenizer, run.task, train, run.seed))
+    before = measure()
+    curve = Curve(run.measured_at, measure)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=run.steps,
             per_device_train_batch_size=8,
-            learning_rate=rate,
+            learning_rate=run.learning_rate,
             warmup_steps=5,
             weight_decay=0.0,
             max_grad_norm=1.0,
+            bf16=True,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
+            disable_tqdm=True,
             remove_unused_columns=False,
-            seed=seed,
+            seed=run.seed,
             use_cpu=True,
             dataloader_pin_memory=False,
-        ),
-        train_dataset=task.train,
-        data_collator=task.collate,
-    ).train()
-    seconds = time.perf_counter() - started
-    after = t2t.loss_per_token(model, task.dev, task.collate)
-    trained, _ = model.get_nb_trainable_parameters()
-    saved = sum(tensor.numel() for tensor in model.prefix_state_dict().values())
-    return dict(
-        method=name,
-        seed=seed,
-        learning_rate=rate,
-        virtual_tokens=length,
-        trained=trained,
-        saved=saved,
-        before=before,
-        after=after,
-        seconds=seconds,
-    )
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=collate, callbacks=[curve])
+        started = time.perf_counter()
+        trainer.train()
+    return {
+        **described(run),
+        "trained": sum(one.numel() for one in model.parameters() if one.requires_grad),
+        "before": before,
+        "curve": curve.losses,
+        "seconds": round(time.perf_counter() - started, 1),
+        "base": origin,
+    }
+
+
+def described(run: Run) -> dict[str, Any]:
+    """What tells a run from all others."""
+    fields: dict[str, Any] = {
+        "task": run.task,
+        "method": run.method.name,
+        "kind": type(run.method).__name__,
+        **asdict(run.method),  # type: ignore[call-overload]  # every method is a dataclass
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "steps": run.steps,
+    }
+    return dict(json.loads(json.dumps(fields)))  # as it will be read
+
+
+@dataclass
+class Log:
+    """A file with one run on each line."""
+
+    file: Path
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs so far."""
+        if not self.file.is_file():
+            return []
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+
+    def has(self, run: Run) -> bool:
+        """Whether a run was done already."""
+        wanted = described(run)
+        return any(all(one.get(key) == value for key, value in wanted.items()) for one in self.runs())
+
+    def best_rate(self, task: str, method: methods.Method, rates: tuple[float, ...]) -> float | None:
+        """See `plans.BestRate`."""
+        losses = {
+            one["learning_rate"]: list(one["curve"].values())[-1]
+            for one in self.runs()
+            if (one["task"], one["method"], one["seed"]) == (task, method.name, 0)
+        }
+        return min(rates, key=losses.__getitem__) if losses.keys() >= set(rates) else None
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Write a run down."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+
+
+def results_of(runs: list[Run], workers: int, options: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """What the runs give, as they end; several at once, each in a process of its own."""
+    if workers == 1:
+        yield from (execute(run, *options) for run in runs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(execute, run, *options) for run in runs]
+        for future in as_completed(futures):
+            yield future.result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--model", help="another causal model: a folder or an id on the Hub")
-    parser.add_argument("--data", help="a folder with the E2E files, or a data set id on the Hub")
-    parser.add_argument("--output", type=Path, default=Path("learning-output"))
+    parser.add_argument("--data", help="a folder with E2E or WebNLG files, for all tasks")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on its share of the cores")
+    parser.add_argument("--only", help="only methods whose name contains this")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the file with the results")
     options = parser.parse_args()
 
-    base, tokenizer, origin = smollm2.load(options.model)
-    task = Task(base, tokenizer, options.data)
-    without = t2t.loss_per_token(base, task.dev, task.collate)
-    print(f"base model {origin}: {without:.3f} nats per token\n\ntext: {task.text!r}\n")
-    print("| method | seed | trained numbers | before | after | seconds |\n| --- | --- | --- | --- | --- | --- |")
-    rows = []
-    for name in options.methods:
-        for seed in options.seeds:
-            row = measure(base, tokenizer, task, name, seed, options.output)
-            rows.append(row)
-            print(
-                f"| {name}, p={row['virtual_tokens']}, lr {row['learning_rate']:g} | {seed} | {row['trained']:,} "
-                f"| {row['before']:.3f} | {row['after']:.3f} | {row['seconds']:.0f} |",
-                flush=True,
-            )
-    versions = dict(
-        peft_prefix=__version__,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        machine=platform.machine(),
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.workers))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    log = Log(options.output / f"{options.plan}.jsonl")
+    versions = {name: version(name) for name in ("peft-prefix", "torch", "transformers", "peft")}
+    where = {"versions": versions, "machine": platform.machine()}
+    plan = PLANS[options.plan]
+    while todo := [run for run in plan(log.best_rate) if not log.has(run) and (options.only or "") in run.method.name]:
+        print(f"{len(todo)} runs to do", flush=True)
+        for result in results_of(todo, options.workers, (options.model, options.data)):
+            log.add({**result, **where})
+            print(_line(result), flush=True)
+
+
+def _line(result: dict[str, Any]) -> str:
+    after = list(result["curve"].values())[-1]
+    return (
+        f"{result['task']:7} {result['method']:36} lr {result['learning_rate']:<7g} seed {result['seed']}  "
+        f"{result['before']:.3f} -> {after:.4f}  {result['seconds']:.0f} s"
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    content = dict(base=origin, base_loss=without, text=task.text, versions=versions, runs=rows)
-    (options.output / "learning.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Table-to-text as a training task: E2E examples as rows with a prompt and a target, dev loss."""
+"""Table-to-text as a training task: examples of E2E and WebNLG as rows with a prompt and a target, dev loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ IGNORED = -100
 """Label of a token that is not learned."""
 
 SAMPLE = Path(__file__).with_name("restaurants.jsonl")
-E2E_BESIDE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e"
+DATA_BESIDE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data"
+E2E_BESIDE_CHECKOUT = DATA_BESIDE_CHECKOUT / "e2e"
+WEBNLG_BESIDE_CHECKOUT = DATA_BESIDE_CHECKOUT / "webnlg"
 _E2E_FILES = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _HUB_COLUMNS = (("meaning_representation", "human_reference"), ("meaning_representation", "target"), ("mr", "ref"))
@@ -38,14 +40,17 @@ def load(source: str | None, split: str) -> tuple[list[Example], str]:
     """The examples of one split, one for each distinct table in order of first appearance, and where they came from.
 
     Args:
-        source: A folder with the E2E files `src1_train.txt`, `src1_valid.txt`, `src1_test.txt`, or a data set id on the
-            Hub. `None` takes the E2E folder beside the checkout if it is there, and the shipped sample otherwise.
+        source: A folder with the E2E files `src1_train.txt`, `src1_valid.txt`, `src1_test.txt` or with WebNLG's
+            `train.json`, `dev.json`, `test.json`, or a data set id on the Hub. `None` takes the E2E folder beside the
+            checkout if it is there, and the shipped sample otherwise.
         split: `train`, `dev` or `test`.
     """
     if source is None:
         source = str(E2E_BESIDE_CHECKOUT) if E2E_BESIDE_CHECKOUT.is_dir() else str(SAMPLE)
     if source == str(SAMPLE):
         pairs = _read_sample(split)
+    elif (Path(source) / f"{split}.json").is_file():
+        pairs = _read_webnlg(Path(source) / f"{split}.json")
     elif Path(source).is_dir():
         pairs = _read_e2e(Path(source) / _E2E_FILES[split])
     else:
@@ -97,6 +102,21 @@ def _read_e2e(file: Path) -> list[tuple[str, str]]:
     lines = file.read_text(encoding="utf-8").splitlines()
     pairs = [line.split("||") for line in lines if line.strip()]
     return [(table.strip(), text.strip()) for table, text in pairs]
+
+
+def _read_webnlg(file: Path) -> list[tuple[str, str]]:
+    """WebNLG's triples, written as `subject : property : object | ...`, with each text that is marked as good."""
+    pairs = []
+    for numbered in json.loads(file.read_text(encoding="utf-8"))["entries"]:
+        for entry in numbered.values():
+            triples = (
+                f"{one['subject']} : {one['property']} : {one['object']}".replace("_", " ")
+                for one in entry["modifiedtripleset"]
+            )
+            table = " | ".join(triples)
+            texts = (text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good")
+            pairs += [(table, text) for text in texts]
+    return pairs
 
 
 def _read_sample(split: str) -> list[tuple[str, str]]:
