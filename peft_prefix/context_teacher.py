@@ -244,7 +244,9 @@ class ContextTeacher:
                 arguments["labels"] = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         if labelled.decoder_input_ids is not None:
             arguments["decoder_input_ids"] = labelled.decoder_input_ids
-        arguments = {name: value.to(home(base)) for name, value in arguments.items()} | {"use_cache": False}
+        arguments = {name: value.to(home(base)) for name, value in arguments.items()}
+        if labelled.shift:  # some decoders of encoder-decoder models see what comes later if they store nothing
+            arguments["use_cache"] = False
         labels = arguments["labels"]
         if only.applies_to(arguments):
             one = only.pass_with(arguments)

@@ -8,6 +8,7 @@ memory there is that index alone; targets are read when a batch asks for them.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ STORE_FILE = "teacher.json"
 _FORMAT = 1
 _SHARD_BYTES = 64 * 2**20
 """Targets of about this size go into one file, and are in memory while it is written."""
-_LARGEST_DESCRIPTION = 64 * 2**20
+_LARGEST_DESCRIPTION = 8 * 2**20
 _KEY_BYTES = 16
 _NAMES = {"keys": "U8", "ends": "I64", "log_probs": "F16", "ids": "I32"}
 """The tensors of a shard and their dtypes."""
@@ -171,9 +172,10 @@ class StoredTeacher:
                 "written last). Write it with ContextTeacher(...).store(rows, folder, collator)."
             )
         with opened_file(path) as stream:
-            text = stream.read(_LARGEST_DESCRIPTION + 1)
+            size = os.fstat(stream.fileno()).st_size
+            text = stream.read(size) if size <= _LARGEST_DESCRIPTION else b""
         try:
-            facts = strict_json.parse(text) if len(text) <= _LARGEST_DESCRIPTION else None
+            facts = strict_json.parse(text)
         except ValueError as error:
             raise self._damaged(STORE_FILE, str(error)) from error
         if not isinstance(facts, dict) or any(not check(facts.get(name)) for name, check in _FACTS.items()):
