@@ -139,7 +139,7 @@ def test_the_loss_is_the_divergence_from_the_base_that_reads_the_context(
     family: str, k: int | None, temperature: float, only_labels: bool, tmp_path: Path
 ) -> None:
     base = FAMILIES[family].build()
-    model = random_model(base) if base.config.is_encoder_decoder else model_with_tokens(base, context()[6:])
+    model = random_model(base) if base.config.is_encoder_decoder else model_with_tokens(base, context()[1:])
     if not only_labels:
         model.label_only_logits = False
     rows = rows_for(family)
