@@ -2,8 +2,8 @@
 
 The teacher is the base model that has read the document; the student is the same model with a prefix and without the
 document. No label is written by a human: one part of the rows are spans of the document, the other questions about its
-words, which the teacher answers. Held out are spans that begin elsewhere and questions about other words. A prefix starts
-as the cache of the document's first p tokens, so before training it is the document cut to p tokens. Run it with
+words, which the teacher answers. Held out are spans that begin elsewhere and questions about other words. A prefix
+starts as the cache of the document's first p tokens, so before training it is the document cut to p tokens. Run it with
 
     python examples/distillation.py
 
