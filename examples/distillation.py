@@ -20,8 +20,8 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     base, tokenizer, origin = smollm2.load(options.model)
+    base.to(torch.float32 if options.float32 else torch.bfloat16)
     base.set_attn_implementation("eager")  # the fastest one for short rows in bfloat16 on a CPU
     title, text = load_document(options.document)
     study = Study(base, tokenizer, text, options)
@@ -106,18 +107,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--document", type=Path, help="a text file")
     parser.add_argument("--lengths", nargs="+", type=int, default=[16, 64, 256], help="virtual tokens")
     parser.add_argument("--truncations", nargs="*", type=int, default=[1024], help="other lengths to cut it to")
-    parser.add_argument("--steps", type=int, default=72)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--spans", type=int, default=256, help="spans to train on")
-    parser.add_argument("--questions", type=int, default=48, help="questions to train on")
-    parser.add_argument("--held-out-spans", type=int, default=40)
-    parser.add_argument("--held-out-questions", type=int, default=16)
-    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--spans", type=int, default=160, help="spans to train on")
+    parser.add_argument("--questions", type=int, default=24, help="questions to train on")
+    parser.add_argument("--held-out-spans", type=int, default=24)
+    parser.add_argument("--held-out-questions", type=int, default=8)
+    parser.add_argument("--answer-tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3, help="how often a request's time is measured")
-    parser.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
+    parser.add_argument("--float32", action="store_true", help="not in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="another causal model: a folder or an id on the Hub")
     parser.add_argument("--output", type=Path, default=Path("distillation-output"))
@@ -152,7 +153,7 @@ class Study:
     def __init__(self, base: Any, tokenizer: Any, text: str, options: argparse.Namespace) -> None:
         self.base, self.tokenizer, self.options = base, tokenizer, options
         model = self.student(1)
-        with self.precision():
+        with self.long_texts():
             self.teacher = ContextTeacher(model, text, tokenizer, top_k=options.top_k)
         self.document = self.teacher.context_ids
         self.collate = PromptTargetCollator(tokenizer, model)
@@ -161,10 +162,14 @@ class Study:
         self.phrases = phrases_of(text)
         self.random.shuffle(self.phrases)
 
-    def precision(self) -> AbstractContextManager[Any]:
-        if self.options.float32:
-            return nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+    @contextmanager
+    def long_texts(self) -> Iterator[None]:
+        """Attention without a matrix of all pairs of tokens, which a whole document would make large."""
+        self.base.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.base.set_attn_implementation("eager")
 
     def student(self, length: int) -> PrefixModel:
         """A model whose prefix is the cache of the document's first tokens."""
@@ -183,7 +188,8 @@ class Study:
         border = options.held_out_questions
         started = time.perf_counter()
         asked = [self.question(phrase, index) for index, phrase in enumerate(about)]
-        answers = self.answers(self.teacher.generate, asked)
+        with self.long_texts():  # one by one, since each row of a batch reads the document's keys and values for itself
+            answers = self.answers(self.teacher.generate, asked, together=1)
         self.note("the teacher's answers", started)
         questions = [_row(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
         self.training = training + questions[border:]
@@ -192,7 +198,7 @@ class Study:
         self.answered = [self.text_of(answer) for answer in answers[:border]]
         started = time.perf_counter()
         everything = [*self.training, *held_out, *questions[:border]]
-        with self.precision():
+        with self.long_texts():
             self.teacher.store(everything, options.output / "targets", self.collate, options.batch_size, overwrite=True)
         self.stored = StoredTeacher(options.output / "targets", context=self.document)
         self.note("the teacher's targets", started)
@@ -221,23 +227,24 @@ class Study:
             return list(encoded["input_ids"])
         return list(self.tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"])
 
-    def answers(self, generate: Callable[..., torch.Tensor], prompts: Sequence[list[int]]) -> list[list[int]]:
+    def answers(
+        self, generate: Callable[..., torch.Tensor], prompts: Sequence[list[int]], together: int = 8
+    ) -> list[list[int]]:
         """What is generated for each prompt, up to the end token."""
         found = []
         padding = self.tokenizer.pad_token_id or 0
-        for start in range(0, len(prompts), 8):
-            some = prompts[start : start + 8]
+        for start in range(0, len(prompts), together):
+            some = prompts[start : start + together]
             width = max(map(len, some))
             ids = torch.tensor([[padding] * (width - len(one)) + list(one) for one in some])
             mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in some])
-            with self.precision():
-                texts = generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=self.options.answer_tokens,
-                    do_sample=False,
-                    pad_token_id=padding,
-                )
+            texts = generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=self.options.answer_tokens,
+                do_sample=False,
+                pad_token_id=padding,
+            )
             found += [self.ended(one) for one in texts[:, width:].tolist()]
         return found
 
@@ -262,7 +269,6 @@ class Study:
                 warmup_steps=5,
                 weight_decay=0.0,
                 max_grad_norm=1.0,
-                bf16=not options.float32,
                 save_strategy="no",
                 logging_steps=max(options.steps // 8, 1),
                 report_to="none",
@@ -350,8 +356,7 @@ class Study:
     def bytes_of(self, tokens: int) -> int:
         """Of the keys and values that the model keeps of some tokens."""
         geometry = self.teacher.model.geometry.only(["decoder"])
-        width = 4 if self.options.float32 else 2
-        return int(geometry.numbers_per_token) * tokens * width
+        return int(geometry.numbers_per_token) * tokens * self.base.dtype.itemsize
 
     def seconds(self, model: PrefixModel | None, before: int) -> float:
         """Median time until the first token of an answer, with a part of the document as text or with a prefix."""
@@ -359,17 +364,12 @@ class Study:
         text = torch.cat([self.document[None, :before], prompt], dim=1)
         run: Any = self.base if before or model is None else model
         times = []
-        # Without a matrix of all pairs of tokens, which a whole document would make.
-        self.base.set_attn_implementation("sdpa")
         self.base.eval()
-        try:
+        with self.long_texts(), torch.no_grad():
             for _ in range(self.options.repeats):
                 started = time.perf_counter()
-                with torch.no_grad(), self.precision():
-                    run(input_ids=text, logits_to_keep=1)
+                run(input_ids=text, logits_to_keep=1)
                 times.append(time.perf_counter() - started)
-        finally:
-            self.base.set_attn_implementation("eager")
         return statistics.median(times)
 
     def note(self, phase: str, started: float) -> None:
