@@ -107,16 +107,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--document", type=Path, help="a text file")
     parser.add_argument("--lengths", nargs="+", type=int, default=[16, 64, 256], help="virtual tokens")
     parser.add_argument("--truncations", nargs="*", type=int, default=[1024], help="other lengths to cut it to")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--spans", type=int, default=160, help="spans to train on")
-    parser.add_argument("--questions", type=int, default=24, help="questions to train on")
+    parser.add_argument("--spans", type=int, default=128, help="spans to train on")
+    parser.add_argument("--questions", type=int, default=16, help="questions to train on")
     parser.add_argument("--held-out-spans", type=int, default=24)
     parser.add_argument("--held-out-questions", type=int, default=8)
-    parser.add_argument("--answer-tokens", type=int, default=20)
+    parser.add_argument("--answer-tokens", type=int, default=16)
+    parser.add_argument("--plain", action="store_true", help="ask without the tokenizer's chat template")
     parser.add_argument("--repeats", type=int, default=3, help="how often a request's time is measured")
     parser.add_argument("--float32", action="store_true", help="not in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
@@ -221,11 +222,11 @@ class Study:
     def question(self, phrase: str, index: int) -> list[int]:
         """The token ids of a question about a phrase."""
         question = QUESTIONS[index % len(QUESTIONS)].format(phrase)
-        if self.tokenizer.chat_template:
+        if self.tokenizer.chat_template and not self.options.plain:
             messages = [{"role": "user", "content": question}]
             encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             return list(encoded["input_ids"])
-        return list(self.tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False)["input_ids"])
 
     def answers(
         self, generate: Callable[..., torch.Tensor], prompts: Sequence[list[int]], together: int = 8
