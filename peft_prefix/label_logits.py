@@ -154,6 +154,19 @@ class LabelledPass:
         return {name: states.flatten(0, 1)[self.index][None]}, None
 
 
+def labelled_logits(logits: torch.Tensor | LogitsOnDemand, labels: torch.Tensor, shift: int) -> torch.Tensor:
+    """The logits that labels are compared with, row after row, `(positions, vocabulary)`.
+
+    Args:
+        logits: Those of a base's output, all of them or only the ones at these labels.
+        labels: Labels `(batch, length)`, -100 for none.
+        shift: How many places a label stands behind the logits that it is compared with.
+    """
+    if isinstance(logits, LogitsOnDemand):  # there is one place more, see `LabelledPass`
+        return logits.known[0, :-1] if shift else logits.known[0, 1:]
+    return logits[:, : labels.shape[1] - shift][labels[:, shift:] != IGNORED]
+
+
 @contextmanager
 def _training_mode(base: nn.Module) -> Iterator[None]:
     """Let a base run as in training, except for layers that keep statistics."""

@@ -36,6 +36,11 @@ class LogitsOnDemand:
         self._logits: torch.Tensor | None = None
 
     @property
+    def known(self) -> torch.Tensor:
+        """The logits that were computed, `(1, places, vocabulary)`, with gradients."""
+        return self._made_of[3]
+
+    @property
     def device(self) -> torch.device:
         """Where the logits will be."""
         return self._device

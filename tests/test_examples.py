@@ -172,3 +172,56 @@ def test_missing_text_to_pretrain_on_is_explained(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit, match=r"src1_train.txt.*Pretraining needs real text"):
         run("encoder_decoder.py", "--data", str(tmp_path), "--output", str(tmp_path), monkeypatch=monkeypatch)
+
+
+def test_a_document_becomes_prefixes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (EXAMPLES / "restaurants.jsonl").read_text().splitlines()]
+    document, output = tmp_path / "document.txt", tmp_path / "output"
+    document.write_text(" ".join(row["text"] for row in rows[:6]))
+    sizes = dict(
+        spans=24, questions=3, **{"held-out-spans": 4, "held-out-questions": 2, "answer-tokens": 6, "steps": 9}
+    )
+    options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    options += ["--model", str(tiny), "--document", str(document), "--output", str(output), "--learning-rate", "0.1"]
+    run("distillation.py", *options, "--lengths", "4", "8", "--truncations", "20", "--float32", monkeypatch=monkeypatch)
+    found = {row["method"]: row for row in json.loads((output / "distillation.json").read_text())["rows"]}
+    assert list(found)[:2] == ["no document", "first 20 tokens"]
+    for length in (4, 8):
+        cut, prefix = found[f"first {length} tokens"], found[f"prefix, p = {length}"]
+        assert prefix["spans KL"] < cut["spans KL"]
+        assert prefix["bytes"] == cut["bytes"] < found["whole document"]["bytes"]
+    assert found["whole document"]["rouge_l"] == 1.0
+    assert (output / "distillation.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "distillation.md").read_text().count("### About") == 2
+    assert "| prefix, p = 8 | 8 |" in capsys.readouterr().out
+
+
+def test_a_missing_document_is_explained(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", str(tiny), "--output", str(tmp_path), "--document", str(tmp_path / "nothing.txt")]
+    with pytest.raises(SystemExit, match=r"nothing.txt is missing. Give a text file: --document FILE"):
+        run("distillation.py", *options, monkeypatch=monkeypatch)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:'pin_memory' argument is set:UserWarning",
+    "ignore:The initial text has:peft_prefix.PrefixWarning",
+)
+def test_the_code_about_distillation_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in (EXAMPLES / "restaurants.jsonl").read_text().splitlines()]
+    names: dict[str, object] = {
+        "base": transformers.AutoModelForCausalLM.from_pretrained(tiny),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(tiny),
+        "document": " ".join(row["text"] for row in rows[:6]),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distillation.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "distillation.md", "exec"), names)
+    assert (tmp_path / "manual" / "prefix.safetensors").is_file()
+    assert (tmp_path / "manual-targets" / "teacher.json").is_file()
+    trainer = names["trainer"]
+    assert isinstance(trainer, transformers.Trainer)
+    trainer.train()
