@@ -214,6 +214,8 @@ class LoadingModel(SavingModel):
         trainable: bool = True,
         stays_on: torch.device | None = None,
     ) -> None:
+        if trainable:
+            self._learn_to_hide(config)
         # One that is not trained stays together.
         devices = layer_devices(self.base, self._injection.structure) if trainable else {}
         self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable, stays_on)
