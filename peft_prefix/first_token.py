@@ -1,8 +1,8 @@
 """Virtual token 0, where it keeps what the initializer gave it.
 
 Many models let their tokens attend to the first one whenever nothing else is wanted. A form of a prefix whose first
-token is frozen keeps that token's numbers in buffers, and whatever it computes or learns for the token is left aside. So
-no gradient and no optimizer, with weight decay or momentum, moves it, and parameters keep their names and shapes.
+token is frozen keeps that token's numbers in buffers, and what it computes or learns for the token is left aside. So no
+gradient and no optimizer, with weight decay or momentum, moves it, and parameters keep their names and shapes.
 """
 
 from __future__ import annotations

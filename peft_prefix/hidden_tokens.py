@@ -114,9 +114,7 @@ class HidingMasks:
     def __init__(self) -> None:
         self._known: list[tuple[Any, PrefixColumns, int, Any]] = []
 
-    def hidden(
-        self, mask: Any, columns: PrefixColumns, keys: int, order: RowOrder | None, states: torch.Tensor
-    ) -> Any:
+    def hidden(self, mask: Any, columns: PrefixColumns, keys: int, order: RowOrder | None, states: torch.Tensor) -> Any:
         """A layer's mask in which the hidden columns are hidden; the mask itself if none are.
 
         Args:
@@ -170,6 +168,6 @@ def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
     if rest or not copies:
         raise PrefixInputError(
             f"The base goes on with {count} rows where it began with {rows.shape[0]}, and which virtual tokens each of "
-            "them does not see cannot be told. Train such inputs one by one, or without token_dropout and leave_one_out."
+            "them does not see cannot be told. Train without token_dropout and leave_one_out here."
         )
     return rows if copies == 1 else rows.repeat_interleave(copies, dim=0)

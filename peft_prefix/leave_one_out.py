@@ -96,7 +96,7 @@ class KnownDemonstrations(nn.Module):
         Raises:
             PrefixFileError: The numbers are no demonstrations of this prefix.
         """
-        self.known = tuple(_read(state, self.num_virtual_tokens))
+        self.known = read_demonstrations(state, self.num_virtual_tokens)
 
 
 def _contain(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
@@ -107,7 +107,16 @@ def _contain(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
     return there.all(dim=-1).any(dim=-1)
 
 
-def _read(state: torch.Tensor, p: int) -> list[Demonstration]:
+def read_demonstrations(state: torch.Tensor, num_virtual_tokens: int) -> tuple[Demonstration, ...]:
+    """The demonstrations of a training state.
+
+    Args:
+        state: What `KnownDemonstrations.get_extra_state` gave.
+        num_virtual_tokens: Length `p` of the prefix.
+
+    Raises:
+        PrefixFileError: The numbers are no demonstrations of such a prefix.
+    """
     numbers = state.tolist() if state.dim() == 1 and state.dtype == torch.int64 else None
     known: list[Demonstration] = []
     while numbers:
@@ -121,7 +130,7 @@ def _read(state: torch.Tensor, p: int) -> list[Demonstration]:
         for size in sizes:
             parts.append(tuple(numbers[place : place + size]))
             place += size
-        if not all(0 <= slot < p for slot in (*parts[2], *parts[3])):
+        if not all(0 <= slot < num_virtual_tokens for slot in (*parts[2], *parts[3])):
             numbers = None
             break
         known.append(Demonstration(parts[0], parts[1] if lengths[1] > 0 else None, parts[2], parts[3]))
@@ -131,4 +140,4 @@ def _read(state: torch.Tensor, p: int) -> list[Demonstration]:
             "The training state is damaged: what it says about demonstrations does not fit the prefix. Go back to an "
             "earlier checkpoint."
         )
-    return known
+    return tuple(known)

@@ -160,12 +160,14 @@ class _Trial:
         given: dict[str, Any] = {}
         if self.injection.decoder.takes_positions:
             given["position_ids"] = torch.arange(3, device=self.ids.device)[None]
-        between, before = (
-            self.structure.decoder(
-                input_ids=torch.stack(order, dim=1), attention_mask=torch.tensor([seen], device=self.ids.device), **given
-            )[0][:, -1]
-            for order, seen in (((one, other, last), [1, 0, 1]), ((other, one, last), [0, 1, 1]))
-        )
+
+        def last_state(tokens: list[torch.Tensor], seen: list[int]) -> torch.Tensor:
+            mask = torch.tensor([seen], device=self.ids.device)
+            states = self.structure.decoder(input_ids=torch.stack(tokens, dim=1), attention_mask=mask, **given)[0]
+            result: torch.Tensor = states[:, -1]
+            return result
+
+        between, before = last_state([one, other, last], [1, 0, 1]), last_state([other, one, last], [0, 1, 1])
         return _equal(between, before, 1e-6)
 
     def mixture(self, geometry: Geometry) -> bool:
