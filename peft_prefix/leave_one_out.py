@@ -57,8 +57,9 @@ class KnownDemonstrations(nn.Module):
     def hidden_from(self, arguments: Mapping[str, Any], site: str) -> torch.Tensor | None:
         """Which virtual tokens each row of a batch must not see at a site, `(rows, p)`; `None` if nothing is known.
 
-        A row is a demonstration if its real input ids contain that one's (and its labels the target's, in an
-        encoder-decoder model). A row without ids is none.
+        A row is a demonstration if its real input ids contain that one's. In an encoder-decoder model its labels must
+        contain the target, too, or what the decoder reads, where the trainer keeps the labels to itself. A row without
+        ids is none.
 
         Args:
             arguments: The call's arguments by name.
@@ -67,14 +68,14 @@ class KnownDemonstrations(nn.Module):
         ids = arguments.get("input_ids")
         if not self.known or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return None
-        mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+        mask = arguments.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
             ids = ids.masked_fill(mask == 0, _PADDING)
         hidden = torch.zeros(ids.shape[0], self.num_virtual_tokens, dtype=torch.bool, device=ids.device)
         for one in self.known:
             is_one = _contain(ids, one.ids)
-            if one.target is not None and isinstance(labels, torch.Tensor) and labels.dim() == 2:
-                is_one = is_one & _contain(labels.to(ids.device), one.target)
+            if one.target is not None:
+                is_one = is_one & _write(arguments, one.target, ids.device)
             slots = one.slots if one.target is None or site in _SOURCE_SITES else one.target_slots
             own = torch.zeros(self.num_virtual_tokens, dtype=torch.bool)
             own[list(slots)] = True
@@ -97,6 +98,16 @@ class KnownDemonstrations(nn.Module):
             PrefixFileError: The numbers are no demonstrations of this prefix.
         """
         self.known = read_demonstrations(state, self.num_virtual_tokens)
+
+
+def _write(arguments: Mapping[str, Any], target: tuple[int, ...], device: torch.device) -> torch.Tensor | bool:
+    """Which rows have this target, `(rows,)`; true where nothing says which they have."""
+    # The decoder reads a target one place later, and so not its end.
+    for name, wanted in (("labels", target), ("decoder_input_ids", target[:-1])):
+        given = arguments.get(name)
+        if wanted and isinstance(given, torch.Tensor) and given.dim() == 2:
+            return _contain(given.to(device), wanted)
+    return True
 
 
 def _contain(rows: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
