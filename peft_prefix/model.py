@@ -87,7 +87,8 @@ class PrefixModel(LoadingModel):
         of all the others together. How well tasks add up that way is for you to measure; it is also a start for further
         training.
 
-        The parts stay as they are. Dropout is theirs where they agree, otherwise none.
+        The parts stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token is
+        frozen where it is in all of them.
 
         Args:
             names: Two prefixes or more, with the same sites and `sliding_window` and without `modules_to_save`.
@@ -112,7 +113,8 @@ class PrefixModel(LoadingModel):
         """Make a new prefix that is the weighted mean of several others, and make it the active one.
 
         Keys and values are averaged in float32, number by number, and so are weights for `modules_to_save`. The others
-        stay as they are. Dropout is theirs where they agree, otherwise none.
+        stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token is frozen
+        where it is in all of them.
 
         Args:
             names: Two prefixes or more, with the same length, sites, `sliding_window` and `modules_to_save`.
