@@ -31,7 +31,7 @@ class DemonstrationText:
     Args:
         ids: Token ids that a causal model, or an encoder, reads, `(p,)`.
         decoder_ids: Token ids that the decoder of an encoder-decoder model reads, its start token first, `(p,)`.
-        known: The demonstrations and their places.
+        known: The demonstrations that have a place in it, and their places.
     """
 
     ids: torch.Tensor
@@ -86,12 +86,17 @@ def demonstration_text(
     filled = _Filled(opening, sources, p)
     filled.warn()
     if not base.config.is_encoder_decoder:
-        known = [Demonstration(tuple(ids), None, slots) for ids, slots in zip(sources, filled.slots, strict=True)]
+        alone = zip(sources, filled.slots, strict=True)
+        known = [Demonstration(tuple(ids), None, slots) for ids, slots in alone if slots]
         return DemonstrationText(torch.tensor(filled.ids), None, tuple(known))
     targets = [target for _, target in encoded if target is not None]
     written = _Filled(start_token(base).tolist(), targets, p)
     parts = zip(sources, targets, filled.slots, written.slots, strict=True)
-    known = [Demonstration(tuple(ids), tuple(target), slots, others) for ids, target, slots, others in parts]
+    known = [
+        Demonstration(tuple(ids), tuple(target), slots, others)
+        for ids, target, slots, others in parts
+        if slots or others
+    ]
     return DemonstrationText(torch.tensor(filled.ids), torch.tensor(written.ids), tuple(known))
 
 

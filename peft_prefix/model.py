@@ -87,8 +87,8 @@ class PrefixModel(LoadingModel):
         of all the others together. How well tasks add up that way is for you to measure; it is also a start for further
         training.
 
-        The parts stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token is
-        frozen where it is in all of them.
+        The parts stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token
+        is frozen where it is in all of them.
 
         Args:
             names: Two prefixes or more, with the same sites and `sliding_window` and without `modules_to_save`.

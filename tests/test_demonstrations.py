@@ -100,6 +100,8 @@ def test_the_last_demonstrations_stay_whole_and_a_warning_counts_them() -> None:
             model.base, config.replace(num_virtual_tokens=4), tiny_tokenizer(), demonstrations=TEXTS
         )
     assert_holds(model, rows[2][-4:])
+    kept = model.state_dict()["prefixes.default.demonstrations._extra_state"].tolist()
+    assert kept == [len(rows[2]), -1, 4, 0, *rows[2], 0, 1, 2, 3]  # one without a place is not looked for
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_prefix_model(model.base, config.replace(num_virtual_tokens=total), tiny_tokenizer(), demonstrations=TEXTS)
