@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .config import PrefixConfig
 from .errors import PrefixConfigError, some_of
 from .geometry import Geometry
+from .hidden_tokens import Hiding
 from .learning_rate import LearningRateWatch, good_learning_rate
+from .leave_one_out import LEAVE_ONE_OUT, Demonstration, KnownDemonstrations
 from .modules_to_save import MODULES, ModuleWeights
 from .ownership import Owner
 from .parameterization import DirectPrefix, Parameterization, PrefixTensors, StoredPrefix, build_parameterization
@@ -52,6 +54,22 @@ class BankEntry:
     def is_trained(self) -> bool:
         """Whether it has parameters that are trained."""
         return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    @property
+    def hiding(self) -> Hiding:
+        """What is hidden from rows that it is trained with."""
+        config = self.config
+        known = self.module._modules.get(LEAVE_ONE_OUT)
+        assert known is None or isinstance(known, KnownDemonstrations)
+        return Hiding(config.num_virtual_tokens, config.token_dropout, config.freeze_first_token, known)
+
+    def remember(self, demonstrations: Sequence[Demonstration]) -> None:
+        """Keep the demonstrations that it is made of now, as far as they are to be hidden from themselves."""
+        self.module._modules.pop(LEAVE_ONE_OUT, None)
+        config = self.config
+        if config.init == "demonstrations" and config.leave_one_out and not isinstance(self.module, StoredPrefix):
+            known = KnownDemonstrations(config.num_virtual_tokens, demonstrations)
+            self.module.add_module(LEAVE_ONE_OUT, known.train(self.module.training))
 
     def owner(self, bank: PrefixBank) -> Owner:
         """The prefix as it is now: caches from before a training step are as foreign as those of another prefix."""
@@ -127,6 +145,7 @@ class PrefixBank(nn.ModuleDict):
         self._installed += 1
         self[name] = module.train(self.training)
         entry = BankEntry(name, config, module, weights, self._installed)
+        entry.remember(())
         entry.saved_as = entry.owner(self)
         self.entries[name] = entry  # at last: another thread may be reading
 

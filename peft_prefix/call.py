@@ -12,6 +12,7 @@ from transformers import Cache, EncoderDecoderCache
 from .cache import KeyValue, PrefixedLayer
 from .config import Sliding
 from .errors import PrefixInputError
+from .hidden_tokens import HiddenTokens
 from .masks import PrefixColumns
 from .ownership import Owner, owner_of_rows
 
@@ -55,6 +56,7 @@ class PrefixCall:
             different lengths, they end together, and zeros stand before them.
         prefixes: One for all rows, or one for each row.
         padding_mask: The call's 2D mask of real tokens, if it has one.
+        hidden: Which virtual tokens rows do not see, in training.
         checkpointed: Whether layers will run again in the backward pass.
         read: Sites whose prefix was read by the time that the call ends.
         cache: What the text decoder was given in its last pass.
@@ -66,6 +68,7 @@ class PrefixCall:
     states: Callable[[int], SiteStates]
     prefixes: Sequence[RowPrefix]
     padding_mask: torch.Tensor | None = None
+    hidden: HiddenTokens | None = None
     checkpointed: bool = False
     read: set[str] = field(default_factory=set)
     cache: Cache | None = None
@@ -87,6 +90,14 @@ class PrefixCall:
             )
         self.rows_of_pass = rows
 
+    def settle_hidden(self, rows: int, device: torch.device) -> None:
+        """Decide which virtual tokens rows do not see, if it is still open: before a checkpointed layer runs.
+
+        A layer that runs again gets back the random state that it had, and must not find the decision made meanwhile.
+        """
+        if self.hidden is not None:
+            self.hidden.settle(rows, device)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Where a prefix acts in some row."""
@@ -100,6 +111,10 @@ class PrefixCall:
         """Whether rows have prefixes of different lengths at a site."""
         return len({prefix.at(site) for prefix in self.prefixes}) > 1
 
+    def hides(self, site: str) -> bool:
+        """Whether some row may not see all columns of a site."""
+        return self.hidden is not None or self.varies(site)
+
     def owner(self, rows: int) -> Owner | None:
         """Whose prefix acts in a pass with this many rows."""
         return owner_of_rows([prefix.owner for prefix in self._of(rows)])
@@ -112,7 +127,9 @@ class PrefixCall:
         lengths = None
         if self.varies(site):
             lengths = torch.tensor([prefix.at(site) for prefix in self._of(rows)], device=device)
-        columns = PrefixColumns(self.length(site), lengths=lengths)
+        length = self.length(site)
+        hidden = None if self.hidden is None else self.hidden.at(site, length, rows, device)
+        columns = PrefixColumns(length, lengths=lengths, hidden=hidden)
         self._columns.append((site, rows, columns))
         return columns
 

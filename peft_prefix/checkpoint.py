@@ -8,7 +8,7 @@ and renamed, so a crash leaves the old file or the new one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,21 @@ def write_training_state(file: Path, state: Mapping[str, torch.Tensor]) -> None:
     detached = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = save(detached, metadata={"format": "pt", _METADATA_KEY: _TRAINING_STATE})
     write_files(file.parent, {file.name: content})
+
+
+def read_training_state(file: Path, names: Container[str]) -> dict[str, torch.Tensor]:
+    """Some entries of a training state, by name, as far as they are there; none if the file is something else.
+
+    Raises:
+        PrefixFileError: The file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            if (content.metadata() or {}).get(_METADATA_KEY) != _TRAINING_STATE:
+                return {}
+            return {name: content.get_tensor(name) for name in content.keys() if name in names}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PrefixFileError(f"{file} is damaged ({error}). Go back to an earlier checkpoint.") from error
 
 
 def read_description(content: TensorFile) -> PrefixDescription:

@@ -182,6 +182,8 @@ def _config(entries: Sequence[BankEntry], num_virtual_tokens: int) -> PrefixConf
         num_virtual_tokens=num_virtual_tokens,
         init="prefix",
         dropout=configs[0].dropout if len({config.dropout for config in configs}) == 1 else 0.0,
+        token_dropout=configs[0].token_dropout if len({config.token_dropout for config in configs}) == 1 else 0.0,
+        freeze_first_token=all(config.freeze_first_token for config in configs),
         sites=entries[0].module.sites,  # type: ignore[arg-type]  # names of sites
         sliding_window=configs[0].sliding_window,
         modules_to_save=entries[0].weights.module_names,

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from .errors import PrefixConfigError
 
-Init = Literal["vocabulary", "text", "cache", "prefix", "zeros", "normal"]
+Init = Literal["vocabulary", "text", "demonstrations", "cache", "prefix", "zeros", "normal"]
 Reparameterization = Literal["none", "mlp"]
 Site = Literal["encoder", "decoder", "cross"]
 Sliding = Literal["pinned", "plain"]
@@ -27,16 +27,24 @@ class PrefixConfig:
         num_virtual_tokens: Length `p` of the prefix, at least 1.
         init: The initializer, i.e. what fills the prefix before training. `"vocabulary"` takes the keys and values
             that the base model computes for words that it writes itself; `"text"` those of `init_text` (or of
-            `input_ids`); `"cache"` a key/value cache that is given; `"prefix"` another prefix of the same model;
-            `"zeros"` and `"normal"` need nothing. Activations of real words start far better than random numbers (Li &
-            Liang 2021, section 7.4).
-        init_text: The text for `init="text"`. It is cut to `num_virtual_tokens` tokens, or repeated to fill them.
+            `input_ids`); `"demonstrations"` those of solved examples of the task, behind `init_text` if there is one;
+            `"cache"` a key/value cache that is given; `"prefix"` another prefix of the same model; `"zeros"` and
+            `"normal"` need nothing. Activations of real words start far better than random numbers (Li & Liang 2021,
+            section 7.4).
+        init_text: The text for `init="text"`. It is cut to `num_virtual_tokens` tokens, or repeated to fill them. For
+            `init="demonstrations"` an instruction that stands before them, whole.
         init_std: Standard deviation of `init="normal"`.
         init_seed: Seed of the random initializers; the global random state is neither read nor changed.
         reparameterization: `"none"` trains keys and values directly; `"mlp"` trains the paper's two-layer network
             that produces them (Li & Liang 2021, section 4.3). Both save the same plain keys and values.
         mlp_hidden_size: Width of the reparameterization's hidden layer and of its input embedding.
         dropout: Probability of dropping single numbers of the prefix while training.
+        token_dropout: Probability of hiding a whole virtual token from a row while training, for each row and each
+            virtual token by itself, at all sites and layers alike. Positions stay as they are.
+        freeze_first_token: Whether virtual token 0, to which many models give the attention that nothing else wants,
+            keeps the initializer's keys and values: it is not trained, and `token_dropout` leaves it visible.
+        leave_one_out: For `init="demonstrations"`: whether a row that is one of the demonstrations is kept from seeing
+            that one's virtual tokens while training, so that it cannot copy itself (Lu et al. 2025).
         sites: Where the prefix acts: `"encoder"` self-attention, `"decoder"` self-attention and `"cross"`-attention
             from decoder to encoder. All that the base has, if left out; a causal language model has `"decoder"` only.
         sliding_window: What happens to the prefix in decoder layers with a sliding window. `"pinned"` keeps it visible
@@ -64,6 +72,9 @@ class PrefixConfig:
     reparameterization: Reparameterization = "none"
     mlp_hidden_size: int = 512
     dropout: float = 0.0
+    token_dropout: float = 0.0
+    freeze_first_token: bool = False
+    leave_one_out: bool = True
     sites: tuple[Site, ...] | None = None
     sliding_window: Sliding = "pinned"
     modules_to_save: tuple[str, ...] | None = None
@@ -86,6 +97,14 @@ class PrefixConfig:
         _require_choice("init", self.init, get_args(Init))
         _require_choice("reparameterization", self.reparameterization, get_args(Reparameterization))
         _require_number("dropout", self.dropout, minimum=0.0, below=1.0)
+        _require_number("token_dropout", self.token_dropout, minimum=0.0, below=1.0)
+        for name in ("freeze_first_token", "leave_one_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise PrefixConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if self.freeze_first_token and self.num_virtual_tokens == 1:
+            raise PrefixConfigError(
+                "freeze_first_token leaves nothing to train of a prefix with one virtual token: use at least 2."
+            )
         _require_number("init_std", self.init_std, minimum=0.0, below=math.inf)
         _require_choice("sliding_window", self.sliding_window, get_args(Sliding))
         if self.sites is not None:
@@ -95,7 +114,7 @@ class PrefixConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise PrefixConfigError(f"{name} must be a string or None, not {value!r}.")
-        if self.init_text is not None and self.init != "text":
+        if self.init_text is not None and self.init not in ("text", "demonstrations"):
             raise PrefixConfigError(
                 f'init_text is given but init={self.init!r} does not read it: use init="text" or drop init_text.'
             )

@@ -55,6 +55,7 @@ class DecoderInjection:
         self.counts_left_padding = False
         self.first_position = 0
         self.needs_slots = False
+        self.counts_mask: bool | None = None  # until somebody needs to know
         self.blank = DynamicCache(config=self.text_config).layers
         self.has_windows = any(getattr(layer, "is_sliding", False) for layer in self.blank)
         self.recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.blank]
@@ -81,6 +82,7 @@ class DecoderInjection:
         """
         p, new_tokens = call.length("decoder"), new_tokens_of(arguments)
         rows = new_tokens.shape[0]
+        call.settle_hidden(rows, new_tokens.device)
         prefix, owner = call.states(rows), call.owner(rows)
         if p and self._is_packed(arguments):
             self._require_separate_texts(arguments)
@@ -100,7 +102,8 @@ class DecoderInjection:
         if p and self.needs_slots and not seen:
             self._check_length(p, past, new_tokens, None)
             cache = self._prefixed(prefix, past, None, SlotLayer)
-            return {**with_slots(arguments, p), "past_key_values": cache, "use_cache": not call.checkpointed}
+            there = call.columns("decoder", rows, new_tokens.device).exists()
+            return {**with_slots(arguments, p, there), "past_key_values": cache, "use_cache": not call.checkpointed}
         order = None
         result = dict(arguments)
         known = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else call.padding_mask
@@ -112,6 +115,8 @@ class DecoderInjection:
         self._check_length(p, past, new_tokens, result.get("position_ids"))
         if p:
             columns = replace(call.columns("decoder", rows, new_tokens.device), order=order)
+            if self.counts_mask:  # a zero would move the tokens before it; layers hide them (`HidingMasks`)
+                columns = replace(columns, hidden=None)
             if self.has_windows:
                 places = self._places(positions, known, new_tokens, seen)
                 columns = call.in_windows(columns, places, rows, self.text_config)
@@ -180,7 +185,7 @@ class DecoderInjection:
         if special and not is_prepared:
             mask = model_masks(self.base, self.text_config, mask, past, text_positions, new_tokens)
             return with_prefix_columns(mask, columns, new_tokens, past, kind)
-        if mask is None and columns.lengths is None:
+        if mask is None and columns.all_exist:
             return None
         if mask is None:
             mask = _open_mask(new_tokens, past)

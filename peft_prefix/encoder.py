@@ -76,6 +76,7 @@ class _Encoding:
         assert encoder is not None
         inputs = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
         self.rows = inputs.shape[0]
+        self.call.settle_hidden(self.rows, inputs.device)
         columns, order = self.call.columns("encoder", self.rows, inputs.device), None
         if self.is_relative and mask is not None and mask.dim() == 2:
             order = RowOrder(leading_padding(mask), columns.length)

@@ -77,6 +77,16 @@ def ordinary_ids(base: PreTrainedModel, count: int) -> torch.Tensor:
     return chosen.to(home(base))
 
 
+def start_token(base: PreTrainedModel) -> torch.Tensor:
+    """The token that the decoder of an encoder-decoder model begins with, `(1,)`."""
+    for config in (getattr(base, "generation_config", None), base.config, base.config.get_text_config(decoder=True)):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                return torch.tensor([value])
+    return ordinary_ids(base, 1).cpu()
+
+
 def loss_counts_items(base: PreTrainedModel) -> bool:
     """Whether the loss depends on `num_items_in_batch`; `True` where that cannot be tried, as transformers assumes."""
     if not can_run(base):

@@ -12,8 +12,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import backbone_of
 from .config import Init, PrefixConfig
+from .demonstrations import DemonstrationText
 from .errors import PrefixConfigError, PrefixInputError, PrefixWarning
-from .example_inputs import example_inputs, ordinary_ids, ordinary_tokens, source_inputs
+from .example_inputs import example_inputs, ordinary_tokens, source_inputs, start_token
 from .geometry import Geometry
 from .ownership import require_owner
 from .parameterization import PrefixTensors
@@ -35,6 +36,7 @@ class InitInputs:
         input_ids: A text as token ids.
         past_key_values: A cache that the base filled.
         prefix: Keys and values of another prefix of the same shapes.
+        demonstrations: The text of some demonstrations.
     """
 
     base: PreTrainedModel
@@ -45,6 +47,7 @@ class InitInputs:
     input_ids: torch.Tensor | None = None
     past_key_values: Cache | None = None
     prefix: PrefixTensors | None = None
+    demonstrations: DemonstrationText | None = None
 
 
 def initial_tensors(inputs: InitInputs) -> PrefixTensors:
@@ -95,18 +98,23 @@ def tensors_from_states(states: States, geometry: Geometry, num_virtual_tokens: 
 
 
 def activations(
-    base: PreTrainedModel, structure: Structure, geometry: Geometry, input_ids: torch.Tensor
+    base: PreTrainedModel,
+    structure: Structure,
+    geometry: Geometry,
+    input_ids: torch.Tensor,
+    decoder_ids: torch.Tensor | None = None,
 ) -> PrefixTensors:
     """The keys and values that the base computes for some tokens, at every site.
 
-    An encoder-decoder model reads them on both sides, the decoder behind its start token. Where the source is no text,
-    as many of its positions are taken, evenly spread.
+    An encoder-decoder model reads them on both sides, the decoder behind its start token, unless it is given others.
+    Where the source is no text, as many of its positions are taken, evenly spread.
 
     Args:
         base: The base model.
         structure: What it consists of.
         geometry: Shapes of the sites that are wanted.
         input_ids: Token ids of shape `(p,)`.
+        decoder_ids: What the decoder of an encoder-decoder model reads instead, its start token included, `(p,)`.
 
     Returns:
         Keys `(H, p, Dk)` and values `(H, p, Dv)` by name.
@@ -114,19 +122,10 @@ def activations(
     ids = input_ids[None].to(home(base))
     arguments = example_inputs(base, ids)
     if structure.encoder is not None:
-        start = start_token(base).to(home(base))
-        arguments["decoder_input_ids"] = torch.cat([start[None], ids[:, :-1]], dim=1)
+        if decoder_ids is None:
+            decoder_ids = torch.cat([start_token(base).to(ids), ids[0, :-1]])
+        arguments["decoder_input_ids"] = decoder_ids[None].to(home(base))
     return _one_row(record(base, structure, arguments), geometry, len(input_ids))
-
-
-def start_token(base: PreTrainedModel) -> torch.Tensor:
-    """The token that the decoder of an encoder-decoder model begins with, `(1,)`."""
-    for config in (getattr(base, "generation_config", None), base.config, base.config.get_text_config(decoder=True)):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return torch.tensor([value])
-    return ordinary_ids(base, 1).cpu()
 
 
 def _one_row(states: States, geometry: Geometry, p: int) -> PrefixTensors:
@@ -201,6 +200,13 @@ def _text(inputs: InitInputs) -> PrefixTensors:
     return activations(inputs.base, inputs.structure, inputs.geometry, repeated)
 
 
+def _demonstrations(inputs: InitInputs) -> PrefixTensors:
+    """Activations of demonstrations, behind an instruction if there is one."""
+    text = inputs.demonstrations
+    assert text is not None
+    return activations(inputs.base, inputs.structure, inputs.geometry, text.ids, text.decoder_ids)
+
+
 def _cache(inputs: InitInputs) -> PrefixTensors:
     """A given key/value cache of the base model."""
     cache = inputs.past_key_values
@@ -239,6 +245,7 @@ def _normal(inputs: InitInputs) -> PrefixTensors:
 INITIALIZERS: dict[Init, Callable[[InitInputs], PrefixTensors]] = {
     "vocabulary": _vocabulary,
     "text": _text,
+    "demonstrations": _demonstrations,
     "cache": _cache,
     "prefix": _prefix,
     "zeros": _zeros,

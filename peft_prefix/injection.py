@@ -19,11 +19,13 @@ from transformers.utils.generic import TransformersKwargs
 
 from .arguments import by_name, new_tokens_of
 from .attention import supply
+from .cache import PrefixedLayer
 from .call import PrefixCall
 from .checkpointing import Checkpoints, is_checkpointed, is_reentrant
 from .decoder import DecoderInjection
 from .encoder import EncoderInjection
 from .errors import PrefixInputError, PrefixNotConsumedError
+from .hidden_tokens import HidingMasks
 from .local_windows import LocalWindows
 from .masks import WideMasks
 from .ownership import require_encoding
@@ -157,22 +159,26 @@ class Injection:
             interventions.append(self._decoder_intervention(call))
         if call.varies("decoder") and not self.decoder.takes_positions:
             interventions += positions_by_row(self.decoder.decoder, call)
-        if "decoder" in call.sites and (call.checkpointed or call.varies("decoder")):
-            masks = WideMasks(self.decoder.text_config._attn_implementation)
+        if "decoder" in call.sites and (call.checkpointed or call.hides("decoder")):
+            masks, hiding = WideMasks(self.decoder.text_config._attn_implementation), HidingMasks()
             for attention in self.structure.self_attention:
                 given = call.cache_for(attention.takes_pair, "decoder") if call.checkpointed else None
-                mask = _mask_of_one_token(call, masks, attention.index) if call.varies("decoder") else None
+                mask = None
+                if self.decoder.counts_mask and call.hidden is not None:
+                    mask = _mask_that_hides(call, hiding, attention.index)
+                elif call.hides("decoder"):
+                    mask = _mask_of_one_token(call, masks, attention.index)
                 interventions.append(supply(attention, given, mask))
         if "cross" in call.sites:
             known = WideMasks(self.decoder.text_config._attn_implementation)
 
-            def mask(given: Any, states: torch.Tensor) -> Any:
+            def mask_of_source(given: Any, states: torch.Tensor) -> Any:
                 columns = call.columns("cross", states.shape[0], states.device)
                 return known.widened(given, columns, call.source_length, states)
 
             for attention in self.structure.cross_attention:
                 given = call.cache_for(attention.takes_pair, "cross") if call.checkpointed else None
-                interventions.append(supply(attention, given, mask))
+                interventions.append(supply(attention, given, mask_of_source))
         return interventions
 
     def _opened(self, call: PrefixCall) -> AbstractContextManager[None]:
@@ -204,12 +210,30 @@ def _mask_of_one_token(call: PrefixCall, masks: WideMasks, index: int) -> Callab
     def mask(given: Any, states: torch.Tensor) -> Any:
         if given is not None or states.shape[1] > 1:
             return given
-        columns, cache = call.columns("decoder", states.shape[0], states.device), call.cache
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        assert own is not None
-        return masks.widened(None, columns, own.get_mask_sizes(1, index)[0] - columns.length, states)
+        columns = call.columns("decoder", states.shape[0], states.device)
+        return masks.widened(None, columns, _layer_of(call, index).get_mask_sizes(1)[0] - columns.length, states)
 
     return mask
+
+
+def _mask_that_hides(call: PrefixCall, masks: HidingMasks, index: int) -> Callable[[Any, torch.Tensor], Any]:
+    """Masks of a layer whose decoder counts its tokens in the mask that it gets, so that nothing is hidden there."""
+
+    def mask(given: Any, states: torch.Tensor) -> Any:
+        columns, layer = call.columns("decoder", states.shape[0], states.device), _layer_of(call, index)
+        return masks.hidden(given, columns, layer.get_mask_sizes(states.shape[1])[0], layer.order, states)
+
+    return mask
+
+
+def _layer_of(call: PrefixCall, index: int) -> PrefixedLayer:
+    """What a layer of the decoder reads in self-attention."""
+    cache = call.cache
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    assert own is not None
+    layer = own.layers[index]
+    assert isinstance(layer, PrefixedLayer)
+    return layer
 
 
 def _accepted(signature: inspect.Signature) -> set[str]:

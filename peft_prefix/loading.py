@@ -20,7 +20,7 @@ from .modules_to_save import ModuleWeights
 from .original_format import read_original
 from .parameterization import PrefixTensors
 from .placement import home, layer_devices
-from .reading import LoadedPrefix, read_prefix, require_modest_network
+from .reading import LoadedPrefix, demonstrations_beside, read_prefix, require_modest_network
 from .saving import SavingModel
 
 DEFAULT_PREFIX = "default"
@@ -187,8 +187,20 @@ class LoadingModel(SavingModel):
         is_first = not self.prefixes.entries
         stays_on = None if device is None else torch.device(device)
         self._install(name, config, loaded.tensors, weights, is_trainable, stays_on)
+        entry = self.prefixes.entry(name)
         if loaded.description is not None:
-            self.prefixes.entry(name).training = loaded.description.training
+            entry.training = loaded.description.training
+        if is_trainable and entry.hiding.demonstrations is not None:
+            known = demonstrations_beside(loaded.source, config.num_virtual_tokens)
+            if known is None:
+                warnings.warn(
+                    f"{loaded.source} does not say which demonstrations it was made of, so rows that are among them "
+                    "will see themselves in the prefix. Load it from a training checkpoint, fill it anew with "
+                    "initialize_prefix(demonstrations=...), or leave those rows out.",
+                    PrefixWarning,
+                    stacklevel=4,
+                )
+            entry.remember(known or ())
         if is_first:
             self.prefixes.active = name
         self._fingerprints[name] = own
@@ -214,6 +226,8 @@ class LoadingModel(SavingModel):
         trainable: bool = True,
         stays_on: torch.device | None = None,
     ) -> None:
+        if trainable:
+            self._learn_to_hide(config)
         # One that is not trained stays together.
         devices = layer_devices(self.base, self._injection.structure) if trainable else {}
         self.prefixes.install(name, config, tensors, devices, home(self.base), weights, trainable, stays_on)

@@ -3,7 +3,8 @@
 What real tokens see of each other is the model's business (causality, padding, windows, chunks, packed sequences) and
 is taken from the model unchanged. The prefix adds columns that every token sees, or, with plain sliding windows, every
 token that is near enough. Where rows have prefixes of different lengths, `p` is that of the longest; the others stand
-at the end of their columns, directly before the text, and what is left at the beginning is hidden.
+at the end of their columns, directly before the text, and what is left at the beginning is hidden. In training single
+columns may be hidden from single rows as well (`hidden_tokens.py`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class PrefixColumns:
             prefix at the first ones; `None` keeps the prefix visible at every distance.
         text_config: For plain sliding windows, the config that says how wide they are.
         pinned: Rows whose prefix stays visible all the same, `(batch,)`.
+        hidden: Virtual tokens that a row does not see, `(batch, p)`. Positions do not depend on it.
     """
 
     length: int
@@ -45,14 +47,21 @@ class PrefixColumns:
     positions: torch.Tensor | None = None
     text_config: Any = None
     pinned: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    @property
+    def all_exist(self) -> bool:
+        """Whether every row sees every column, so that no mask is needed for them."""
+        return self.lengths is None and self.hidden is None
 
     def exists(self) -> torch.Tensor | None:
-        """Which columns stand for a virtual token, `(batch, p)`; `None` if all do."""
+        """Which columns stand for a virtual token that the row sees, `(batch, p)`; `None` if all do."""
+        seen = None if self.hidden is None else ~self.hidden
         if self.lengths is None:
-            return None
+            return seen
         place = torch.arange(self.length, device=self.lengths.device)
         there: torch.Tensor = place >= self.length - self.lengths[:, None]
-        return there
+        return there if seen is None else there & seen.to(there.device)
 
     def visible(self, kind: str) -> torch.Tensor | None:
         """Which columns each new token sees in layers of a kind, `(1 or batch, 1, 1 or new, p)`; `None` for all."""
@@ -216,7 +225,7 @@ class WideMasks:
         self._known: list[tuple[Any, PrefixColumns, tuple[int, int], Any]] = []
 
     def widened(self, mask: Any, columns: PrefixColumns, keys: int, states: torch.Tensor) -> Any:
-        """A mask with the prefix's columns; `None`, which hides nothing, stays so where rows have equal prefixes.
+        """A mask with the prefix's columns; `None`, which hides nothing, stays so where every row sees every column.
 
         Args:
             mask: What the layer got from its model.
@@ -224,7 +233,7 @@ class WideMasks:
             keys: How many real keys there are.
             states: Hidden states `(batch, tokens, hidden)`, for their dtype and device.
         """
-        if mask is None and columns.lengths is None:
+        if mask is None and columns.all_exist:
             return None
         size = (states.shape[1], keys)
         for original, known, known_size, wide in self._known:

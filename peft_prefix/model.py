@@ -8,7 +8,8 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .composition import Composed, average, concatenation, shared_weights, start_from
-from .config import PrefixConfig
+from .config import Init, PrefixConfig
+from .demonstrations import Demonstrations, DemonstrationText, demonstration_text
 from .errors import PrefixConfigError
 from .initializers import InitInputs, initial_tensors
 from .loading import DEFAULT_PREFIX, LoadingModel
@@ -43,18 +44,21 @@ class PrefixModel(LoadingModel):
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         initial_prefix: str | None = None,
+        demonstrations: Demonstrations | None = None,
     ) -> None:
         """Make a new prefix, filled by its initializer, and make it the active one.
 
         Args:
             name: A name that is not taken.
             config: What it looks like.
-            tokenizer: Reads `config.init_text`.
+            tokenizer: Reads `config.init_text`, and demonstrations that are texts.
             input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.
             past_key_values: For `init="cache"`: a cache of one row and `num_virtual_tokens` tokens.
             initial_prefix: For `init="prefix"`: the name of a prefix of the same length and sites, trained or frozen.
                 The new one is a copy of its keys and values, and of its weights for those modules in
                 `modules_to_save` that both have; what becomes of either later does not touch the other.
+            demonstrations: For `init="demonstrations"`: solved examples, as rows of training data: with `prompt` and
+                `target` as texts, or with `input_ids` and `labels` as `PromptTargetCollator.encode` makes them.
 
         Raises:
             PrefixConfigError: The name is taken or not usable, or the initializer lacks something.
@@ -65,10 +69,13 @@ class PrefixModel(LoadingModel):
         source = start_from(self.prefixes, config, initial_prefix)
         weights = ModuleWeights(self.base, config.modules_to_save or ())
         prefix = None if source is None else self.prefixes.saved(source)
-        tensors = self._initial(config, tokenizer, input_ids, past_key_values, prefix)
+        text = demonstration_text(self.base, config, tokenizer, demonstrations)
+        tensors = self._initial(config, tokenizer, input_ids, past_key_values, prefix, text)
         if source is not None:
             weights.load({**weights.saved(), **shared_weights(source, tensors, weights.places)})
         self._install(name, config, tensors, weights)
+        if text is not None:
+            self.prefixes.entry(name).remember(text.known)
         self.prefixes.active = name
         self._fingerprint(self.prefixes.entry(name))
 
@@ -80,7 +87,8 @@ class PrefixModel(LoadingModel):
         of all the others together. How well tasks add up that way is for you to measure; it is also a start for further
         training.
 
-        The parts stay as they are. Dropout is theirs where they agree, otherwise none.
+        The parts stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token
+        is frozen where it is in all of them.
 
         Args:
             names: Two prefixes or more, with the same sites and `sliding_window` and without `modules_to_save`.
@@ -105,7 +113,8 @@ class PrefixModel(LoadingModel):
         """Make a new prefix that is the weighted mean of several others, and make it the active one.
 
         Keys and values are averaged in float32, number by number, and so are weights for `modules_to_save`. The others
-        stay as they are. Dropout is theirs where they agree, otherwise none.
+        stay as they are. Dropout of either kind is theirs where they agree, otherwise none; the first token is frozen
+        where it is in all of them.
 
         Args:
             names: Two prefixes or more, with the same length, sites, `sliding_window` and `modules_to_save`.
@@ -155,26 +164,39 @@ class PrefixModel(LoadingModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        demonstrations: Demonstrations | None = None,
     ) -> None:
-        """Fill the active prefix anew, from a text, from token ids or from a cache; `modules_to_save` stay as they are.
+        """Fill the active prefix anew, from a text, token ids, a cache or demonstrations.
+
+        `modules_to_save` stay as they are.
 
         Args:
-            text: A text; needs `tokenizer`. It is cut or repeated to the prefix's length.
-            tokenizer: Reads `text`.
+            text: A text; needs `tokenizer`. It is cut or repeated to the prefix's length. Together with
+                `demonstrations` it is the instruction before them.
+            tokenizer: Reads `text`, and demonstrations that are texts.
             input_ids: A text as token ids, `(tokens,)` or `(1, tokens)`.
             past_key_values: A cache of one row and `num_virtual_tokens` tokens that the base model filled.
+            demonstrations: Solved examples, as in `add_prefix`.
 
         Raises:
-            PrefixConfigError: Not exactly one of `text`, `input_ids` and `past_key_values` is given.
+            PrefixConfigError: Not exactly one of `text`, `input_ids`, `past_key_values` and `demonstrations` is given
+                (`text` may be an instruction), or something is missing to read them.
         """
-        if sum(source is not None for source in (text, input_ids, past_key_values)) != 1:
+        text_alone = text if demonstrations is None else None
+        if sum(source is not None for source in (text_alone, input_ids, past_key_values, demonstrations)) != 1:
             raise PrefixConfigError(
-                "Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=..."
+                "Give exactly one of text=... (with tokenizer=...), input_ids=..., past_key_values=..., "
+                "demonstrations=..."
             )
         entry = self.prefixes.entry()
-        config = entry.config.replace(init="cache" if past_key_values is not None else "text", init_text=text)
-        entry.module.start_from(self._initial(config, tokenizer, input_ids, past_key_values))
+        init: Init = "text" if past_key_values is None else "cache"
+        config = entry.config.replace(init="demonstrations" if demonstrations is not None else init, init_text=text)
+        read = demonstration_text(self.base, config, tokenizer, demonstrations)
+        tensors = self._initial(config, tokenizer, input_ids, past_key_values, demonstrations=read)
+        self._learn_to_hide(config)
+        entry.module.start_from(tensors)
         entry.config = config
+        entry.remember(() if read is None else read.known)
         entry.fillings += 1
 
     def _add_composed(self, name: str, composed: Composed, is_trainable: bool) -> None:
@@ -194,14 +216,24 @@ class PrefixModel(LoadingModel):
         input_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         prefix: PrefixTensors | None = None,
+        demonstrations: DemonstrationText | None = None,
     ) -> PrefixTensors:
         """What a prefix of this configuration starts from."""
         geometry = self.geometry.only(config.sites or ())
         structure = self._injection.structure
         with readable(self.base):
-            return initial_tensors(
-                InitInputs(self.base, structure, geometry, config, tokenizer, input_ids, past_key_values, prefix)
+            inputs = InitInputs(
+                base=self.base,
+                structure=structure,
+                geometry=geometry,
+                config=config,
+                tokenizer=tokenizer,
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                prefix=prefix,
+                demonstrations=demonstrations,
             )
+            return initial_tensors(inputs)
 
     def _completed(self, config: PrefixConfig) -> PrefixConfig:
         """The configuration with what is known about the base.
@@ -236,6 +268,7 @@ def get_prefix_model(
     *,
     input_ids: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
+    demonstrations: Demonstrations | None = None,
 ) -> PrefixModel:
     """Freeze a model and put a trainable prefix before it.
 
@@ -244,9 +277,10 @@ def get_prefix_model(
             for example) is trained with the prefix. Adapters of PEFT in it act beside the prefix and stay as they are,
             trained or frozen; a `PeftModel` is taken as well.
         config: What the prefix looks like and how it starts; `PrefixConfig()` if left out.
-        tokenizer: Reads `config.init_text` for `init="text"`.
+        tokenizer: Reads `config.init_text`, and demonstrations that are texts.
         input_ids: The initial text as token ids, `(tokens,)` or `(1, tokens)`, instead of `init_text`.
         past_key_values: For `init="cache"`: a cache of one row and `num_virtual_tokens` tokens.
+        demonstrations: For `init="demonstrations"`: solved examples, as in `PrefixModel.add_prefix`.
 
     Returns:
         The model, with one active prefix named `default`.
@@ -272,5 +306,6 @@ def get_prefix_model(
         tokenizer=tokenizer,
         input_ids=input_ids,
         past_key_values=past_key_values,
+        demonstrations=demonstrations,
     )
     return model

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import PrefixConfig
 from .errors import PrefixInputError
+from .first_token import FIRST, FirstToken
 from .geometry import Geometry
 
 PrefixTensors = dict[str, torch.Tensor]
@@ -45,7 +46,7 @@ class Parameterization(nn.Module):
 
     Args:
         geometry: Shapes of the base model, at the sites that the prefix has.
-        config: Its `num_virtual_tokens` is used.
+        config: Its `num_virtual_tokens` and `freeze_first_token` are used.
     """
 
     def __init__(self, geometry: Geometry, config: PrefixConfig) -> None:
@@ -54,6 +55,8 @@ class Parameterization(nn.Module):
         self.geometry = geometry
         self.sites = tuple(geometry.sites)
         self.shapes = {site: geometry.only([site]).tensor_shapes(p) for site in self.sites}
+        sizes = {site: geometry.only([site]).numbers_per_token for site in self.sites}
+        self.first = FirstToken(sizes) if config.freeze_first_token else None
 
     def forward(self) -> PrefixTensors:
         """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name, with gradients to whatever is trained."""
@@ -76,6 +79,16 @@ class Parameterization(nn.Module):
     def plain(self, state: PrefixTensors) -> PrefixTensors:
         """What a file contains: the keys and values that a form with this state gives, without gradients."""
         raise NotImplementedError
+
+    def _keep_first(self, tensors: PrefixTensors) -> None:
+        """Take over the first token of these keys and values, if it is frozen; for `start_from`."""
+        if self.first is not None:
+            for site, shapes in self.shapes.items():
+                self.first.keep(site, as_rows(tensors, shapes))
+
+    def _with_first(self, site: str, rows: torch.Tensor) -> torch.Tensor:
+        """The numbers of one site, `(p, N)`, with the first token as it is kept, if it is frozen; for `rows`."""
+        return rows if self.first is None else self.first.put_into(site, rows)
 
 
 class _KeyValue(nn.Module):
@@ -105,12 +118,12 @@ class DirectPrefix(Parameterization):
             self.add_module(site, nn.ModuleDict({"layers": layers}))
 
     def forward(self) -> PrefixTensors:
-        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name: the parameters themselves."""
-        return {name: tensor for site in self.sites for name, tensor in self._of(site).items()}
+        """Keys `(H, p, Dk)` and values `(H, p, Dv)` by name: the parameters themselves, if all of them are trained."""
+        return self._parameters_by_name() if self.first is None else super().forward()
 
     def rows(self, site: str) -> torch.Tensor:
         """The numbers of one site, `(p, N)`."""
-        return as_rows(self._of(site), self.shapes[site])
+        return self._with_first(site, as_rows(self._of(site), self.shapes[site]))
 
     def spread(self, devices: Mapping[tuple[str, int], torch.device]) -> None:
         """Move the keys and values of each site and layer to a device of their own."""
@@ -121,12 +134,20 @@ class DirectPrefix(Parameterization):
     def start_from(self, tensors: PrefixTensors) -> None:
         """Copy the given keys and values into the parameters."""
         with torch.no_grad():
-            for name, parameter in self().items():
+            for name, parameter in self._parameters_by_name().items():
                 parameter.copy_(tensors[name])
+            self._keep_first(tensors)
 
     def plain(self, state: PrefixTensors) -> PrefixTensors:
-        """The parameters."""
-        return state
+        """The parameters, with the first token as the state keeps it."""
+        tensors = {name: tensor for name, tensor in state.items() if not name.startswith(f"{FIRST}.")}
+        for site in self.sites if self.first is not None else ():
+            for name, first in from_rows(state[f"{FIRST}.{site}"], self.shapes[site]).items():
+                tensors[name] = torch.cat([first.to(tensors[name]), tensors[name][:, 1:]], dim=1)
+        return tensors
+
+    def _parameters_by_name(self) -> PrefixTensors:
+        return {name: tensor for site in self.sites for name, tensor in self._of(site).items()}
 
     def _of(self, site: str) -> PrefixTensors:
         return dict(self.get_submodule(site).named_parameters(prefix=site))
@@ -145,7 +166,7 @@ class StoredPrefix(Parameterization):
     """
 
     def __init__(self, geometry: Geometry, config: PrefixConfig, device: torch.device | None = None) -> None:
-        super().__init__(geometry, config)
+        super().__init__(geometry, config.replace(freeze_first_token=False))  # nothing of it is trained
         self.device = device
         self.stored: dict[str, torch.Tensor] = {}
         self._kept: list[nn.Module] = []
@@ -212,8 +233,7 @@ class MLPPrefix(Parameterization):
 
     def rows(self, site: str) -> torch.Tensor:
         """The numbers of one site, `(p, N)`."""
-        rows: torch.Tensor = self.get_submodule(site)()
-        return rows
+        return self._with_first(site, self.get_submodule(site)())
 
     def plain(self, state: PrefixTensors) -> PrefixTensors:
         """What networks with this state give; this one's own parameters may be spread over processes."""
@@ -229,6 +249,7 @@ class MLPPrefix(Parameterization):
             network = self.get_submodule(site)
             assert isinstance(network, _SiteMLP)
             network.start_from(as_rows(tensors, self.shapes[site]))
+        self._keep_first(tensors)
 
 
 class _SiteMLP(nn.Module):

@@ -61,6 +61,11 @@ class PromptTargetEncoder:
         prompt = front + self._cut(prompt, None if limit is None else limit - len(target))
         return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
+    def opening(self, instruction: str) -> tuple[list[int], list[int]]:
+        """What stands before demonstrations: the special tokens that begin a prompt, and an instruction's own ids."""
+        front, ids = self._special_tokens()[0], self._plain(instruction) if instruction else []
+        return front, ids[len(front) :] if ids[: len(front)] == front else ids
+
     def _prompt(self, prompt: Any) -> tuple[list[int], list[int], list[int]]:
         """A prompt's own ids, and the special tokens that the tokenizer puts before and behind it."""
         if isinstance(prompt, str):

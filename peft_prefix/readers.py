@@ -12,6 +12,7 @@ from .bank import BankEntry, PrefixBank
 from .call import NO_PREFIX, RowPrefix
 from .call_states import CallStates, OnePerRow, OnePrefix
 from .errors import PrefixInputError
+from .hidden_tokens import HiddenTokens, Hiding
 from .modules_to_save import Weights
 from .placement import home, is_spread, layer_devices
 from .row_weights import RowWeights
@@ -51,6 +52,15 @@ class Readers:
         """Whether lengths or sites differ between rows."""
         first = self.prefixes[0]
         return any((one.length, one.sites) != (first.length, first.sites) for one in self.prefixes)
+
+    def hidden(self, arguments: Mapping[str, Any]) -> HiddenTokens | None:
+        """Which virtual tokens the rows of one call do not see; `None` while nothing is trained that hides any.
+
+        Args:
+            arguments: The call's arguments by name.
+        """
+        hidings = [Hiding(0) if entry is None else entry.hiding for entry in self.entries]
+        return HiddenTokens(hidings, arguments) if self.bank.training and any(one.acts for one in hidings) else None
 
     def states(self, base: PreTrainedModel, structure: Structure) -> CallStates:
         """Their keys and values, for one call of a base."""

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .checkpoint import read_description, read_tensors
+from .checkpoint import read_description, read_tensors, read_training_state
 from .config import PrefixConfig
 from .description import PrefixDescription
 from .errors import IncompatibleBaseError, PrefixFileError, name_of, some_of
 from .fingerprint import difference
 from .geometry import Geometry
 from .hub import SavedFiles
+from .leave_one_out import LEAVE_ONE_OUT, Demonstration, read_demonstrations
 from .modules_to_save import module_shapes, resolved_modules
 from .parameterization import PrefixTensors, network_size
 from .peft_format import read_peft
 from .tensor_file import opened
 
+_ACTIVE = "prefixes._extra_state"
+"""Where a training state says which prefix was active."""
 _SMALL_NETWORK = 2**25
 """Numbers that a reparameterization may have on any base."""
 
@@ -98,6 +103,31 @@ def require_modest_network(loaded: LoadedPrefix, base: PreTrainedModel, geometry
             f"{loaded.source} asks for a reparameterization of {size:,} numbers (mlp_hidden_size="
             f"{config.mlp_hidden_size:,}), more than the base model has. Load it without is_trainable=True."
         )
+
+
+def demonstrations_beside(file: Path | str, num_virtual_tokens: int) -> tuple[Demonstration, ...] | None:
+    """The demonstrations in the training state to which a prefix's file belongs; `None` if there is no such state.
+
+    Args:
+        file: The prefix's file: in the folder of a training checkpoint, or in one of the prefix's name inside of it.
+        num_virtual_tokens: Length `p` of the prefix.
+
+    Raises:
+        PrefixFileError: The training state is damaged.
+    """
+    inner = Path(file).parent
+    for folder, name in ((inner, None), (inner.parent, inner.name)):
+        state_file = folder / SAFE_WEIGHTS_NAME
+        if not state_file.is_file():
+            continue
+        if name is None:  # the file of the prefix that was active
+            active = read_training_state(state_file, (_ACTIVE,)).get(_ACTIVE)
+            name = "" if active is None else bytes(active.to(torch.uint8).tolist()).decode(errors="replace")
+        key = f"prefixes.{name}.{LEAVE_ONE_OUT}._extra_state"
+        state = read_training_state(state_file, (key,)).get(key)
+        if state is not None:
+            return read_demonstrations(state, num_virtual_tokens)
+    return None
 
 
 def _modules(config: PrefixConfig, file: Path, base: PreTrainedModel) -> tuple[str, ...]:

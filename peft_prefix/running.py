@@ -12,9 +12,11 @@ from transformers import Cache, PreTrainedModel
 from .adapters import freeze_base, without_peft
 from .bank import PrefixBank
 from .call import PrefixCall
+from .config import PrefixConfig
 from .errors import PrefixInputError, UnsupportedModelError
 from .examination import examined
 from .headless import Headless
+from .hidden_tokens import HiddenTokens
 from .label_logits import LabelLogits
 from .modules_to_save import base_weights, require_called
 from .ownership import claim, require_encoding
@@ -22,7 +24,7 @@ from .packing import without_repeats
 from .passes import Intervention, outside_of_calls
 from .processes import complete, readable, require_no_wrapped_layers
 from .readers import PrefixNames, Readers, named_entries
-from .selftest import rows_are_independent
+from .selftest import mask_moves_tokens, rows_are_independent
 from .wrapped import WrappedModel
 
 
@@ -162,11 +164,12 @@ class RunningModel(WrappedModel):
             with outside_of_calls(), base_weights():
                 return part(**arguments)
         arguments = without_repeats(arguments)
+        hidden = readers.hidden(arguments)
         if part is self.base and self.training and self._takes_labels_only(readers, arguments):
             labelled = self._label_logits.pass_with(arguments)
-            with self._acting(readers, labelled.arguments, more=[labelled.intervention]):
+            with self._acting(readers, labelled.arguments, more=[labelled.intervention], hidden=hidden):
                 return labelled.finished(part(**labelled.arguments))
-        with self._acting(readers, arguments):
+        with self._acting(readers, arguments, hidden=hidden):
             return part(**arguments)
 
     def _takes_labels_only(self, readers: Readers, arguments: Mapping[str, Any]) -> bool:
@@ -193,11 +196,13 @@ class RunningModel(WrappedModel):
         arguments: Mapping[str, Any],
         padding_mask: bool = True,
         more: Sequence[Intervention] = (),
+        hidden: HiddenTokens | None = None,
     ) -> Iterator[None]:
         """While this is open, the base runs with its rows' prefixes and their modules."""
         if self.base.training and not torch.compiler.is_compiling():
             require_no_wrapped_layers(self._injection.stacks)
         call = self._call(readers, arguments if padding_mask else {})
+        call.hidden = hidden
         with readers.weights.in_place(self.base), self._injection.injected(call, arguments, more):
             yield
             require_called()
@@ -214,6 +219,13 @@ class RunningModel(WrappedModel):
             prefixes=readers.prefixes,
             padding_mask=mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None,
         )
+
+    def _learn_to_hide(self, config: PrefixConfig) -> None:
+        """Find out how columns are hidden in this base, by trying it, if a prefix like this will need it."""
+        wants = config.token_dropout > 0 or (config.init == "demonstrations" and config.leave_one_out)
+        if wants and self._injection.decoder.counts_mask is None:
+            with readable(self.base):
+                self._injection.decoder.counts_mask = mask_moves_tokens(self.base, self._injection)
 
     def _require_mixing(self) -> None:
         """Check, by trying it once, that rows of this base can have prefixes of different lengths.

@@ -79,6 +79,19 @@ def rows_are_independent(base: PreTrainedModel, injection: Injection, geometry: 
             return False  # it takes no such masks
 
 
+def mask_moves_tokens(base: PreTrainedModel, injection: Injection) -> bool:
+    """Whether a token that the 2D mask hides in the middle of a text lets those before it come nearer.
+
+    So it is where a decoder counts the mask's ones for its biases by distance, whatever positions it is given.
+    """
+    decoder = injection.decoder
+    makes_masks = decoder.has_windows or decoder.needs_slots or any(decoder.recurrent)  # then they are not 2D
+    if injection.structure.encoder is not None or makes_masks or not can_run(base):
+        return False
+    with evaluation_mode(base), torch.no_grad():
+        return _Trial(base, injection).moves_with_mask()
+
+
 class _Trial:
     """Runs of one base on five tokens, each with and without a prefix."""
 
@@ -140,6 +153,22 @@ class _Trial:
         rest = type(encoded)(**{**encoded, "last_hidden_state": encoded[0][:, _P:]})
         actual = self._hidden({"encoder_outputs": rest, **target}, cross=_cut(states, slice(0, _P)))
         self._require(_equal(actual, expected), "cross")
+
+    def moves_with_mask(self) -> bool:
+        """Two tokens with a hidden one between them, and with a hidden one before them."""
+        one, other, last = self.ids[:, :3].unbind(dim=1)
+        given: dict[str, Any] = {}
+        if self.injection.decoder.takes_positions:
+            given["position_ids"] = torch.arange(3, device=self.ids.device)[None]
+
+        def last_state(tokens: list[torch.Tensor], seen: list[int]) -> torch.Tensor:
+            mask = torch.tensor([seen], device=self.ids.device)
+            states = self.structure.decoder(input_ids=torch.stack(tokens, dim=1), attention_mask=mask, **given)[0]
+            result: torch.Tensor = states[:, -1]
+            return result
+
+        between, before = last_state([one, other, last], [1, 0, 1]), last_state([other, one, last], [0, 1, 1])
+        return _equal(between, before, 1e-6)
 
     def mixture(self, geometry: Geometry) -> bool:
         """Rows of the same text with prefixes of different lengths, together and alone."""

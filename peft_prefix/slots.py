@@ -34,16 +34,26 @@ class SlotLayer(PrefixedLayer):
         return query_length, 0
 
 
-def with_slots(arguments: dict[str, Any], p: int) -> dict[str, Any]:
-    """A decoder's arguments with `p` tokens in front of the text; which ones does not matter."""
+def with_slots(arguments: dict[str, Any], p: int, there: torch.Tensor | None = None) -> dict[str, Any]:
+    """A decoder's arguments with `p` tokens in front of the text; which ones does not matter.
+
+    Args:
+        arguments: The arguments by name.
+        p: Number of slots.
+        there: Which slots each row sees, `(batch, p)`; `None` for all.
+    """
     result = dict(arguments)
     for name in ("input_ids", "inputs_embeds"):
         text = arguments.get(name)
         if text is not None:
             result[name] = torch.cat([text[:, :1].expand(-1, p, *text.shape[2:]), text], dim=1)
+            shape = text.shape[:2]
     mask = arguments.get("attention_mask")
+    if mask is None and there is not None:
+        mask = torch.ones(shape, dtype=torch.long, device=there.device)
     if mask is not None:
-        result["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], p), mask], dim=1)
+        own = mask.new_ones(mask.shape[0], p) if there is None else there.to(mask)
+        result["attention_mask"] = torch.cat([own, mask], dim=1)
     return result
 
 

@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "bart"])
 def test_flex_attention_agrees_with_eager(family: str) -> None:
     torch.compiler.reset()
-    results, mixed = [], []
+    results, mixed, dropped = [], [], []
     for attn in ("eager", "flex_attention"):
         base = FAMILIES[family].build(attn)
         inputs: dict[str, Any] = dict(input_ids=tokens(2, 20))
@@ -38,11 +38,18 @@ def test_flex_attention_agrees_with_eager(family: str) -> None:
                 plain = base(**inputs).logits[:, :9]
                 model.add_prefix("longer", PrefixConfig(num_virtual_tokens=7, init="normal", init_std=1.0))
                 mixed.append(model(**inputs, prefix_names=["default", "longer"]).logits[:, :9])
+                model.add_prefix(
+                    "d", PrefixConfig(num_virtual_tokens=4, init="normal", init_std=1.0, token_dropout=0.5)
+                )
+                torch.manual_seed(1)
+                dropped.append(model.train()(**inputs).logits[:, :9])
         except (InductorError, UnsupportedModelError) as error:
             if isinstance(error, InductorError) or isinstance(error.__cause__, InductorError):
                 pytest.skip("torch's compiler fails on a kernel of this shape")
             raise
     assert_close(results[1], results[0])
     assert_close(mixed[1], mixed[0])
+    assert_close(dropped[1], dropped[0])
+    assert (dropped[0] - results[0]).abs().amax(dim=(1, 2)).min() > 1e-2
     assert_close(mixed[0][:1], results[0][:1])
     assert (results[0] - plain).abs().max() > 1e-2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -8,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from peft_prefix import PrefixInputError
 from peft_prefix.cache import RowOrder
+from peft_prefix.hidden_tokens import HidingMasks
 from peft_prefix.masks import (
     PrefixColumns,
     WideMasks,
@@ -143,6 +146,66 @@ def test_each_row_has_the_windows_that_its_prefix_wants() -> None:
         [[1, 1], [1, 1], [1, 1]],
     ]
     assert columns.visible("full_attention")[:, 0].long().tolist() == [[[0, 1]], [[1, 1]], [[1, 1]]]
+
+
+def test_hidden_columns_are_hidden_in_every_kind_of_mask_and_move_nothing() -> None:
+    class Config:
+        sliding_window = 3
+
+    hidden = torch.tensor([[False, True], [False, False]])
+    columns, seen = PrefixColumns(2, hidden=hidden), [[1, 0], [1, 1]]
+    assert not columns.all_exist
+    assert PrefixColumns(2).all_exist
+    assert PrefixColumns(2).exists() is None
+    assert with_prefix_columns(torch.ones(2, 3), columns, NEW, None)[:, :2].tolist() == seen
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    kinds = dict(boolean=causal, additive=torch.zeros(1, 1, 3, 3), none=None)
+    for name, mask in with_prefix_columns(kinds, columns, NEW, None).items():
+        assert mask.shape == (2, 1, 3, 5)
+        there = mask[..., :2] if mask.dtype == torch.bool else mask[..., :2] == 0
+        assert (there.long() == torch.tensor(seen)[:, None, None, :]).all(), name
+    order = RowOrder(torch.tensor([1, 0]), 2)
+    ordered = with_prefix_columns(torch.tensor([[0, 1, 1], [1, 1, 1]]), replace(columns, order=order), NEW, None)
+    assert ordered.tolist() == [[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+    lengths = replace(columns, lengths=torch.tensor([2, 1]))
+    assert lengths.exists().long().tolist() == [[1, 0], [0, 1]]
+    windows = replace(columns, positions=torch.tensor([[2, 3, 4]]), text_config=Config())
+    assert windows.visible("sliding_attention")[:, 0].long().tolist() == [
+        [[1, 0], [0, 0], [0, 0]],
+        [[1, 1], [0, 1], [0, 0]],
+    ]
+    masks, states = WideMasks(), torch.zeros(2, 3, 8)
+    assert (masks.widened(None, columns, 4, states)[:, 0, 0, :2] == 0).long().tolist() == seen
+
+
+def test_hidden_columns_are_hidden_in_block_masks() -> None:
+    def causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= key
+
+    block = create_block_mask(causal, 1, None, 3, 3, device="cpu")
+    hidden = torch.tensor([[False, True], [False, False]])
+    columns, states = PrefixColumns(2, hidden=hidden), torch.zeros(2, 3, 8)
+    wide = with_prefix_columns(block, columns, NEW, None)
+    later = HidingMasks().hidden(with_prefix_columns(block, PrefixColumns(2), NEW, None), columns, 5, None, states)
+    zero = torch.tensor(0)
+    for mask in (wide, later):
+        for row in range(2):
+            seen = [mask.mask_mod(torch.tensor(row), zero, zero, torch.tensor(key)) for key in range(5)]
+            assert [int(one) for one in seen] == [1, 1 - int(hidden[row, 1]), 1, 0, 0]
+
+
+def test_layers_masks_get_hidden_columns_where_the_prefix_stands() -> None:
+    hidden = torch.tensor([[False, True], [True, False]])
+    columns, states = PrefixColumns(2, hidden=hidden), torch.zeros(2, 1, 8)
+    masks, order = HidingMasks(), RowOrder(torch.tensor([1, 0]), 2)
+    made = masks.hidden(None, columns, 4, order, states)
+    assert (made[:, 0, 0] < 0).long().tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert masks.hidden(None, columns, 4, order, states) is made
+    flat = masks.hidden(torch.ones(2, 4), columns, 4, None, states)
+    assert flat.tolist() == [[1, 0, 1, 1], [0, 1, 1, 1]]
+    plain = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    assert masks.hidden(plain, columns, 4, None, states)[:, 0, 0].long().tolist() == [[1, 0, 1, 1], [0, 1, 1, 1]]
+    assert masks.hidden(plain, PrefixColumns(2), 4, None, states) is plain
 
 
 def test_padding_is_what_no_token_sees() -> None:
