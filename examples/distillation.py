@@ -29,6 +29,7 @@ import matplotlib
 import smollm2
 import torch
 import transformers
+from rouge_score import rouge_scorer
 from transformers import TrainingArguments
 
 from peft_prefix import (
@@ -305,7 +306,7 @@ class Study:
         """
         evaluated = self.evaluated(trainer)
         answers = [self.text_of(one) for one in self.answers(model.generate, [ids for _, ids in self.asked])]
-        overlap = statistics.mean(rouge_l(one, other) for one, other in zip(answers, self.answered, strict=True))
+        overlap = statistics.mean(rouge_l(other, one) for one, other in zip(answers, self.answered, strict=True))
         return dict(
             method=method,
             tokens=length,
@@ -389,19 +390,9 @@ def phrases_of(text: str) -> list[str]:
     return list(dict.fromkeys([*names, *words]))
 
 
-def rouge_l(one: str, other: str) -> float:
+def rouge_l(reference: str, text: str) -> float:
     """F1 of the longest common subsequence of words."""
-    left, right = (re.findall(r"\w+", text.lower()) for text in (one, other))
-    if not left or not right:
-        return float(left == right)
-    lengths = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for place, another in enumerate(right, start=1):
-            above = lengths[place]
-            lengths[place] = diagonal + 1 if word == another else max(above, lengths[place - 1])
-            diagonal = above
-    return 2 * lengths[-1] / (len(left) + len(right))
+    return float(rouge_scorer.RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure)
 
 
 def as_table(rows: list[Row]) -> str:

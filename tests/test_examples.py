@@ -138,19 +138,6 @@ def test_the_code_about_training_runs(tiny: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_prefix_learns_table_to_text_on_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import table_to_text
-
-    if not table_to_text.E2E_BESIDE_CHECKOUT.is_dir():
-        pytest.skip("the E2E data set is not beside the checkout")
-    run("learning.py", "--methods", "vocabulary (default)", "--output", str(tmp_path), monkeypatch=monkeypatch)
-    result = json.loads((tmp_path / "learning.json").read_text())
-    assert result["base_loss"] > 2.5
-    assert result["runs"][0]["after"] <= 1.56
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "margin"), [("bart", 0.2), ("t5", 0.04)])
 def test_three_sites_learn_more_than_the_same_numbers_in_the_decoder(
     model: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
