@@ -37,7 +37,7 @@ BestRate = Callable[[str, Method, tuple[float, ...]], float | None]
 """The rate of a grid that was best for a task and method with the first seed; `None` before all have been tried."""
 
 GRIDS: dict[Method, tuple[float, ...]] = {
-    Prefix("demonstrations", 40): (1e-2, 3e-2, 6e-2),
+    Prefix("demonstrations"): (1e-2, 3e-2, 6e-2),
     PeftPrefix(): (3e-2, 1e-1, 3e-1),
     PeftPrefix(from_text=True): (1e-2, 3e-2, 6e-2),
     Lora(): (1e-3, 3e-3, 1e-2),
