@@ -108,19 +108,21 @@ def comparison_picture(runs: list[Result], file: Path) -> None:
 def sweep_picture(runs: list[Result], file: Path) -> None:
     """Dev loss over the learning rate."""
     figure, panels = plt.subplots(1, len(TASKS), figsize=(10, 4), layout="constrained", sharey=False)
-    grouped: dict[tuple[str, str, str, int], list[Result]] = defaultdict(list)
+    grouped: dict[tuple[str, str, str, str, int], list[Result]] = defaultdict(list)
     for run in runs:
-        grouped[run["task"], run["reparameterization"], run["init"], run["length"]].append(run)
+        key = run["task"], run["kind"], run["reparameterization"], run["init"], run["length"]
+        grouped[key].append(run)
     colors = {"vocabulary": "tab:blue", "text": "tab:orange"}
-    for (task, form, init, length), group in sorted(grouped.items()):
+    for (task, kind, form, init, length), group in sorted(grouped.items()):
+        is_fitted = kind == "FittedNetwork"
         group.sort(key=lambda run: run["learning_rate"])
         panels[TASKS.index(task)].plot(
             [run["learning_rate"] for run in group],
             [last(run) for run in group],
             color=colors[init],
-            linestyle="-" if form == "none" else "--",
+            linestyle="-" if form == "none" else (":" if is_fitted else "--"),
             marker="o" if length == 40 else "^",
-            label=f"{init}, {'direct' if form == 'none' else 'MLP'}, {length} tokens",
+            label=f"{init}, {'direct' if form == 'none' else 'MLP'}{', fitted' if is_fitted else ''}, {length} tokens",
         )
     for task, axes in zip(TASKS, panels, strict=True):
         axes.set(title=TITLES[task], xlabel="learning rate", ylabel="dev loss, nats per token", xscale="log")

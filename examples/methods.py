@@ -100,6 +100,35 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class FittedNetwork(Prefix):
+    """The paper's network, first fitted to the initializer's keys and values, in place of being added to them."""
+
+    reparameterization: str = "mlp"
+
+    @property
+    def name(self) -> str:
+        """As that of a prefix."""
+        return f"prefix, {self.init}, fitted mlp, {self.length}"
+
+    def build(self, setting: Setting) -> torch.nn.Module:
+        """The base with the prefix."""
+        model = super().build(setting)
+        network: Any = model.get_submodule("prefixes.default.decoder")
+        wanted = network.anchor.clone()
+        network.anchor.zero_()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setting.seed)
+            network.output.reset_parameters()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        for _ in range(1000):
+            loss = torch.nn.functional.mse_loss(network(), wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return model
+
+
+@dataclass(frozen=True)
 class PeftPrefix:
     """PEFT's prefix-tuning, from random numbers as is its default, or from a text."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from methods import FullFineTuning, Lora, Method, PeftPrefix, Prefix
+from methods import FittedNetwork, FullFineTuning, Lora, Method, PeftPrefix, Prefix
 
 TASKS = ("e2e", "webnlg")
 SEEDS = (0, 1, 2)
@@ -58,11 +58,14 @@ def comparison(best_rate: BestRate) -> list[Run]:
 
 def sweep(best_rate: BestRate) -> list[Run]:
     """Learning rate, initializer, form and length against each other."""
-    direct = product(TASKS, ("vocabulary", "text"), ("none",), (10, 40), (1e-2, 3e-2, 1e-1))
-    network = product(TASKS, ("vocabulary", "text"), ("mlp",), (10, 40), (3e-4, 1e-3, 3e-3))
+    starts, lengths = ("vocabulary", "text"), (10, 40)
+    direct = [(Prefix(init, length), (1e-2, 3e-2, 1e-1)) for init, length in product(starts, lengths)]
+    network = [(Prefix(init, length, "mlp"), (3e-4, 1e-3, 3e-3)) for init, length in product(starts, lengths)]
+    fitted = [(FittedNetwork(init, 40), (3e-4, 1e-3, 3e-3)) for init in starts]
     return [
-        Run(task, Prefix(init, length, form), rate, steps=50, measured_at=(25, 50))
-        for task, init, form, length, rate in [*direct, *network]
+        Run(task, method, rate, steps=50, measured_at=(50,))
+        for task, (method, rates) in product(TASKS, [*direct, *network, *fitted])
+        for rate in rates
     ]
 
 
