@@ -1,7 +1,7 @@
 """What the stock `Trainer` does differently when it optimizes a prefix: no weight decay, and norms in its log.
 
-Importing this module adds a callback to those that every `Trainer` has, and a filter to
-`Trainer.get_decay_parameter_names`. Both do nothing where the model is no `PrefixModel`.
+Importing this module adds a callback to those that every `Trainer` has, and something to do after
+`Trainer.get_decay_parameter_names` and `Trainer.create_optimizer`. All do nothing where the model is no `PrefixModel`.
 """
 
 from __future__ import annotations
@@ -98,16 +98,25 @@ def _register() -> None:
     callbacks = cast("list[type[TrainerCallback]]", trainer_module.DEFAULT_CALLBACKS)
     if NormCallback not in callbacks:
         callbacks.append(NormCallback)
-    method = Trainer.get_decay_parameter_names
-    if hasattr(method, _FILTERED):
+    if hasattr(Trainer.get_decay_parameter_names, _FILTERED):
         return
+    names_of, created_by = Trainer.get_decay_parameter_names, Trainer.create_optimizer
 
-    @functools.wraps(method)
+    @functools.wraps(names_of)
     def get_decay_parameter_names(self: Trainer, model: nn.Module) -> list[str]:
-        return spared(model, method(self, model))
+        return spared(model, names_of(self, model))
+
+    @functools.wraps(created_by)
+    def create_optimizer(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        optimizer = created_by(self, *args, **kwargs)
+        if prefixes_in(self.model) is not None and hasattr(optimizer, "param_groups"):
+            # Where nothing decays, the first group is empty. A resumed FSDP training takes the last one for it.
+            optimizer.param_groups.sort(key=lambda group: not group["params"])
+        return optimizer
 
     setattr(get_decay_parameter_names, _FILTERED, True)
     Trainer.get_decay_parameter_names = get_decay_parameter_names  # type: ignore[method-assign]
+    Trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
 
 
 _register()

@@ -126,7 +126,7 @@ def test_the_code_about_training_runs(tiny: Path, tmp_path: Path, monkeypatch: p
         "name": str(tiny),
     }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         block = block.replace("packing=True", "packing=True, use_cpu=True")  # the page says so
         exec(compile(block, "training.md", "exec"), names)

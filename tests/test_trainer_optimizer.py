@@ -26,6 +26,7 @@ def test_weight_decay_of_the_arguments_does_not_reach_a_prefix(reparameterizatio
     model = make(reparameterization=reparameterization)
     optimizer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Rows(4, 0)).create_optimizer()
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.0}
+    assert optimizer.param_groups[0]["params"], "FSDP resumes only if an empty group is the last one"
 
 
 def test_it_reaches_a_head_and_other_models(tmp_path: Path) -> None:
