@@ -25,7 +25,7 @@ from peft_prefix import (
 
 
 def test_the_docstrings_examples_run() -> None:
-    for module in (peft_prefix.model, peft_prefix.config):
+    for module in (peft_prefix.model, peft_prefix.config, peft_prefix.optimizer_groups):
         results = doctest.testmod(module)
         assert results.attempted > 0
         assert results.failed == 0
