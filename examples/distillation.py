@@ -30,6 +30,7 @@ import smollm2
 import torch
 import transformers
 from rouge_score import rouge_scorer
+from table_to_text import IGNORED
 from transformers import TrainingArguments
 
 from peft_prefix import (
@@ -48,7 +49,6 @@ import matplotlib.pyplot as plt
 
 NEWS_BESIDE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "bbc" / "bbc.jsonl"
 TITLE = "Terror powers expose 'tyranny'"
-IGNORED = -100
 OPENING = "The document says: "
 """Stands before a span."""
 SHOWN, CONTINUED = 12, 40

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as trainer_module
 
-from .bank import PrefixBank
+from .bank import BankEntry
 from .modules_to_save import MODULES
 from .optimizer_groups import trained_by_role
 from .parameterization import PrefixTensors
@@ -39,7 +39,10 @@ class NormCallback(TrainerCallback):
     ) -> None:
         """Keep what the run begins with."""
         model = prefixes_in(kwargs.get("model"))
-        self._start = {} if model is None else _trained_numbers(model.prefixes)
+        self._start = {}
+        for name, entry in model.prefixes.entries.items() if model is not None else ():
+            if entry.is_trained and (numbers := _numbers(entry)) is not None:
+                self._start[name] = {key: tensor.clone() for key, tensor in numbers.items()}
 
     def on_log(
         self,
@@ -53,8 +56,8 @@ class NormCallback(TrainerCallback):
         model = prefixes_in(kwargs.get("model"))
         if logs is None or "loss" not in logs or model is None or model.prefixes.active not in self._start:
             return
-        name = model.prefixes.active
-        now, start = _trained_numbers(model.prefixes).get(name), self._start[name]
+        entry = model.prefixes.entry()
+        now, start = _numbers(entry) if entry.is_trained else None, self._start[entry.name]
         if now is None:
             return
         change = _norm({key: tensor - start[key] for key, tensor in now.items()})
@@ -80,14 +83,12 @@ def spared(model: nn.Module, names: list[str]) -> list[str]:
     return [name for name in names if name not in theirs]
 
 
-def _trained_numbers(bank: PrefixBank) -> dict[str, PrefixTensors]:
-    """Copies of the keys and values of the trained prefixes, as far as this process has them whole."""
-    found = {}
+def _numbers(entry: BankEntry) -> PrefixTensors | None:
+    """The keys and values of a prefix as they are now; `None` if this process has only a part of them."""
+    if any(map(is_sharded, entry.module.parameters())):
+        return None
     with torch.no_grad():
-        for name, entry in bank.entries.items():
-            if entry.is_trained and not any(map(is_sharded, entry.module.parameters())):
-                found[name] = {key: tensor.detach().clone() for key, tensor in entry.module().items()}
-    return found
+        return {key: tensor.detach() for key, tensor in entry.module().items()}
 
 
 def _norm(tensors: PrefixTensors) -> float:
