@@ -32,7 +32,7 @@ def last(run: Result) -> float:
 
 
 def best_runs(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """By task and method, the runs at the rate that was best with the first seed, by seed."""
+    """By task and method, the runs at the rate that was best with the first seed, by seed; the best method first."""
     grouped: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for run in runs:
         grouped[run["task"], run["method"]].append(run)
@@ -40,7 +40,7 @@ def best_runs(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     for key, group in grouped.items():
         rate = min((run for run in group if run["seed"] == 0), key=last)["learning_rate"]
         best[key] = sorted((run for run in group if run["learning_rate"] == rate), key=lambda run: run["seed"])
-    return best
+    return dict(sorted(best.items(), key=lambda item: (TASKS.index(item[0][0]), mean(map(last, item[1])))))
 
 
 def comparison_table(runs: list[Result]) -> str:
@@ -62,7 +62,7 @@ def grid_table(runs: list[Result]) -> str:
     for run in runs:
         if run["seed"] == 0:
             grouped[run["task"], run["method"]].append(run)
-    for (task, method), group in grouped.items():
+    for (task, method), group in sorted(grouped.items()):
         group.sort(key=lambda run: run["learning_rate"])
         rates = ", ".join(f"{run['learning_rate']:g}: {last(run):.3f}" for run in group)
         lines.append(f"| {TITLES[task]} | {method} | {rates} |")
@@ -95,9 +95,10 @@ def steps_to(run: Result, goal: float) -> float | None:
     """After how many steps a loss is reached; `None` if it is not."""
     points = [(0, run["before"]), *((int(step), loss) for step, loss in run["curve"].items())]
     for (step, loss), (next_step, next_loss) in pairwise(points):
+        if loss <= goal:
+            return step
         if next_loss <= goal:
-            share = 1.0 if next_loss == loss else min(1.0, (loss - goal) / (loss - next_loss))
-            return step + share * (next_step - step)
+            return step + (loss - goal) / (loss - next_loss) * (next_step - step)
     return None
 
 
@@ -146,13 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files with the results")
     parser.add_argument("--pictures", type=Path, default=PICTURES, help="folder for the pictures")
-    parser.add_argument(
-        "--goal", default=PeftPrefix(from_text=True).name, help="the method whose loss is to be reached"
-    )
+    goals = [PeftPrefix().name, PeftPrefix(from_text=True).name]
+    parser.add_argument("--goals", nargs="*", default=goals, help="the methods whose losses are to be reached")
     options = parser.parse_args()
     options.pictures.mkdir(parents=True, exist_ok=True)
     if runs := Log(options.results / "comparison.jsonl").runs():
-        print(comparison_table(runs), grid_table(runs), steps_table(runs, options.goal), sep="\n\n")
+        tables = [comparison_table(runs), grid_table(runs), *(steps_table(runs, goal) for goal in options.goals)]
+        print("\n\n".join(tables))
         comparison_picture(runs, options.pictures / "learning-comparison.png")
     if runs := Log(options.results / "sweep.jsonl").runs():
         print("", grid_table(runs), sep="\n")

@@ -38,6 +38,7 @@ BestRate = Callable[[str, Method, tuple[float, ...]], float | None]
 
 GRIDS: dict[Method, tuple[float, ...]] = {
     Prefix("demonstrations", fields=(("token_dropout", 0.2),)): (1e-2, 3e-2, 6e-2),
+    Prefix(): (1e-2, 3e-2, 6e-2),
     PeftPrefix(): (1e-2, 3e-2, 1e-1),
     PeftPrefix(from_text=True): (1e-2, 3e-2, 6e-2),
     Lora(): (3e-4, 1e-3, 3e-3),

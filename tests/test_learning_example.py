@@ -60,11 +60,12 @@ def test_tables_and_pictures_say_what_was_measured(
         log.add(result(Run(task, own, 3e-2), 1.4))
         log.add(result(Run(task, own, 3e-2, seed=1), 1.45))
         swept.add(result(Run(task, own, 3e-2), 1.4))
-    options = ["--results", str(tmp_path), "--pictures", str(tmp_path), "--goal", goal.name]
+    options = ["--results", str(tmp_path), "--pictures", str(tmp_path), "--goals", goal.name]
     monkeypatch.setattr("sys.argv", ["learning_report.py", *options])
     learning_report.main()
     text = capsys.readouterr().out
     assert f"| E2E | {goal.name} | 1,000 | 0.03 | 3.000 | 1.500, 1.700 | **1.600** |" in text
+    assert text.index(f"| E2E | {own.name} |") < text.index(f"| E2E | {goal.name} |") < text.index("| WebNLG |")
     assert f"| E2E | {goal.name} | 0.01: 1.600, 0.03: 1.500 |" in text
     assert f"| E2E | {own.name} | 50, 44 |" in text
     assert f"| E2E | {goal.name} | 100, 100 |" in text
@@ -93,6 +94,7 @@ def test_steps_to_a_loss_are_read_off_straight_lines() -> None:
     assert steps_to(run, 2.5) == pytest.approx(12.5)
     assert steps_to(run, 1.75) == pytest.approx(37.5)
     assert steps_to(run, 1.4) is None
+    assert steps_to(run, 3.5) == 0
 
 
 @pytest.mark.slow
