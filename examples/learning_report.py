@@ -103,17 +103,23 @@ def steps_to(run: Result, goal: float) -> float | None:
 
 
 def comparison_picture(runs: list[Result], file: Path) -> None:
-    """Dev loss over steps, the mean of the seeds."""
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(10, 4), layout="constrained")
-    for (task, method), group in best_runs(runs).items():
+    """Dev loss over steps, the mean of the seeds with the lowest and the highest; methods far above run out of it."""
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(10, 4.4), layout="constrained")
+    best = best_runs(runs)
+    colors = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(method for _, method in best))}
+    for (task, method), group in best.items():
         axes: Axes = panels[TASKS.index(task)]
         steps = sorted(map(int, group[0]["curve"]))
-        losses = [mean(run["curve"][str(step)] for run in group) for step in steps]
-        axes.plot(steps, losses, marker="o", markersize=3, label=f"{method} (lr {group[0]['learning_rate']:g})")
+        losses = [[run["curve"][str(step)] for run in group] for step in steps]
+        axes.plot(steps, [mean(one) for one in losses], color=colors[method], marker="o", markersize=3, label=method)
+        axes.fill_between(steps, [*map(min, losses)], [*map(max, losses)], color=colors[method], alpha=0.15)
     for task, axes in zip(TASKS, panels, strict=True):
-        axes.set(title=TITLES[task], xlabel="step", ylabel="dev loss, nats per token")
-        axes.legend(fontsize=7)
+        lowest = min(axes.dataLim.y0, axes.dataLim.y1)
+        axes.set(
+            title=TITLES[task], xlabel="step", ylabel="dev loss, nats per token", ylim=(0.97 * lowest, 1.2 * lowest)
+        )
         axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=150)
 
 
