@@ -31,13 +31,18 @@ def last(run: Result) -> float:
     return float(list(run["curve"].values())[-1])
 
 
-def best_runs(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """By task and method, the runs at the rate that was best with the first seed, by seed; the best method first."""
+def by_method(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Runs by task and method."""
     grouped: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for run in runs:
         grouped[run["task"], run["method"]].append(run)
+    return grouped
+
+
+def best_runs(runs: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """By task and method, the runs at the rate that was best with the first seed, by seed; the best method first."""
     best = {}
-    for key, group in grouped.items():
+    for key, group in by_method(runs).items():
         rate = min((run for run in group if run["seed"] == 0), key=last)["learning_rate"]
         best[key] = sorted((run for run in group if run["learning_rate"] == rate), key=lambda run: run["seed"])
     return dict(sorted(best.items(), key=lambda item: (TASKS.index(item[0][0]), mean(map(last, item[1])))))
@@ -58,11 +63,7 @@ def comparison_table(runs: list[Result]) -> str:
 def grid_table(runs: list[Result]) -> str:
     """Dev loss with the first seed at every rate."""
     lines = ["| task | method | dev loss by learning rate |", "| --- | --- | --- |"]
-    grouped: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for run in runs:
-        if run["seed"] == 0:
-            grouped[run["task"], run["method"]].append(run)
-    for (task, method), group in sorted(grouped.items()):
+    for (task, method), group in sorted(by_method(run for run in runs if run["seed"] == 0).items()):
         group.sort(key=lambda run: run["learning_rate"])
         rates = ", ".join(f"{run['learning_rate']:g}: {last(run):.3f}" for run in group)
         lines.append(f"| {TITLES[task]} | {method} | {rates} |")
@@ -114,7 +115,7 @@ def comparison_picture(runs: list[Result], file: Path) -> None:
         axes.plot(steps, [mean(one) for one in losses], color=colors[method], marker="o", markersize=3, label=method)
         axes.fill_between(steps, [*map(min, losses)], [*map(max, losses)], color=colors[method], alpha=0.15)
     for task, axes in zip(TASKS, panels, strict=True):
-        lowest = min(axes.dataLim.y0, axes.dataLim.y1)
+        lowest = axes.dataLim.ymin
         axes.set(
             title=TITLES[task], xlabel="step", ylabel="dev loss, nats per token", ylim=(0.97 * lowest, 1.2 * lowest)
         )
