@@ -22,14 +22,22 @@ from paper import experiments
 from paper.data import DATASETS, DataError, check, digest, load
 from paper.execute import Options, claim, execute, is_done, result_of
 from paper.generation import kept
+from paper.methods import MethodError
 from paper.metrics import MissingTool
-from paper.processes import processes
+from paper.processes import BusyError, processes
 from paper.report import ReportError, build, keep, read_kept
 from paper.run import Run
 from paper.scoring import score_texts
 from paper.splits import splits_of
 from paper.yaml_files import SettingError, only
 from tqdm.auto import tqdm
+
+from peft_prefix import PrefixError
+
+
+class UnfinishedError(RuntimeError):
+    """Runs that could not be done to their end, and why. What they have is kept."""
+
 
 KEPT = Path(__file__).with_name("results") / "paper"
 
@@ -59,22 +67,22 @@ def run_experiments(options: argparse.Namespace) -> None:
     where = Options(options.data, options.runs, options.accumulation, options.generation_batch)
     todo = [(name, run) for name in options.experiments for run in _runs(name, options)]
     is_main = processes().is_main_process
-    unscored: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     for name, run in tqdm(todo, desc="runs", unit="run", disable=not is_main):
         try:
             result = execute(run, where, name)
-        except MissingTool as error:
-            unscored[run.folder] = str(error)
+        except (MethodError, PrefixError, MissingTool, BusyError) as error:
+            unfinished[run.folder] = str(error)
             continue
         if is_main:
             scores = ", ".join(f"{metric} {value:.4f}" for metric, value in result["metrics"]["all"].items())
             tqdm.write(f"{run.folder}: dev loss {result['dev_loss']}, {scores}")
-    _require_no(unscored)
+    _require_no(unfinished)
 
 
 def score_again(options: argparse.Namespace) -> None:
     """Compute the metrics of all texts anew."""
-    unscored: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     for run in (run for name in options.experiments for run in _runs(name, options)):
         texts = options.runs / run.folder / f"texts-{run.texts_key}"
         splits = splits_of(run.data, options.data)
@@ -86,8 +94,8 @@ def score_again(options: argparse.Namespace) -> None:
         try:
             score_texts(run.data.dataset, splits.test, [written[index] for index in range(len(splits.test))], texts)
         except MissingTool as error:
-            unscored[run.folder] = str(error)
-    _require_no(unscored)
+            unfinished[run.folder] = str(error)
+    _require_no(unfinished)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -105,10 +113,13 @@ def report(options: argparse.Namespace) -> None:
             print(written)
 
 
-def _require_no(unscored: dict[str, str]) -> None:
-    if unscored:
-        reasons = "\n".join(sorted(set(unscored.values())))
-        raise MissingTool(f"These runs have texts, but no metrics yet: {', '.join(unscored)}. {reasons}")
+def _require_no(unfinished: dict[str, str]) -> None:
+    """Raise what kept runs from their end, each reason once."""
+    runs: dict[str, list[str]] = {}
+    for folder, reason in unfinished.items():
+        runs.setdefault(reason, []).append(folder)
+    if runs:
+        raise UnfinishedError("\n".join(f"{', '.join(folders)}: {reason}" for reason, folders in runs.items()))
 
 
 def _runs(name: str, options: argparse.Namespace) -> list[Run]:
@@ -152,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options.function(options)
-    except (SettingError, DataError, MissingTool, ReportError) as error:
+    except (SettingError, DataError, ReportError, UnfinishedError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

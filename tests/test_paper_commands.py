@@ -24,6 +24,7 @@ from paper.experiments import Experiment
 from paper.files import read_json
 from paper.metrics import MissingTool
 from paper.metrics.evaluations import EVALUATIONS
+from paper.processes import alone
 from paper.report import read_paper
 
 SHORT = {"steps": 2, "batch_size": 4, "evaluations": 2, "warmup_steps": 0}
@@ -126,6 +127,7 @@ bbc:
       learning_rate: 0.001
       <<: &budget {steps: 30, batch_size: 4, evaluations: 3}
     fine_tuning: {kind: fine_tuning, learning_rate: 0.0003, select: best, <<: *budget}
+    too_many_shots: {kind: prompting, shots: 99}
 """
 
 START = """
@@ -223,6 +225,28 @@ def test_runs_without_metrics_do_not_keep_others_from_running(
             reproduce.main(["run", *where])
     assert len(list((tmp_path / "runs").rglob("predictions.txt"))) == 2
     reproduce.main(["score", *where])
+    assert len(list((tmp_path / "runs").rglob("metrics.json"))) == 2
+
+
+def test_runs_that_cannot_be_done_do_not_keep_others_from_running(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "settings.yaml").write_text(OWN.replace("steps: 30", "steps: 3"))
+    methods = ["too_many_shots", "prefix", "fine_tuning"]
+    own = Experiment("", "bbc", str(tmp_path / "settings.yaml"), str(place / "causal"), methods, [12])
+    monkeypatch.setattr(experiments, "load", lambda: {"own": own})
+    (busy,) = [run for run in own.runs() if run.method == "fine_tuning"]
+    where = ["own", "--data", str(place / "data"), "--runs", str(tmp_path / "runs")]
+    with alone(tmp_path / "runs" / busy.folder), pytest.raises(SystemExit) as stopped:
+        reproduce.main(["run", *where])
+    first, second = str(stopped.value).splitlines()
+    assert first.startswith("UnfinishedError: bbc/too_many_shots-12")
+    assert first.endswith("prompting: 99 shots need as many training rows, not 12.")
+    assert second.startswith(f"{busy.folder}: Another call works on it.")
+    (done,) = (tmp_path / "runs").rglob("metrics.json")
+    assert "prefix-12" in str(done)
+    with pytest.raises(SystemExit, match="99 shots"):
+        reproduce.main(["run", *where])
     assert len(list((tmp_path / "runs").rglob("metrics.json"))) == 2
 
 

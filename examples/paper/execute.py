@@ -37,7 +37,7 @@ from paper.files import read_json, write_json
 from paper.generation import generate
 from paper.methods import Setting, stored_bytes
 from paper.metrics import MissingTool
-from paper.processes import processes
+from paper.processes import alone, processes
 from paper.run import Run
 from paper.scoring import score_texts
 from paper.splits import Splits, rows, shortened, splits_of
@@ -73,8 +73,15 @@ def execute(run: Run, options: Options, experiment: str) -> dict[str, Any]:
 
     Raises:
         SettingError: The folder holds a run on other data.
+        MethodError: The method does not fit the base or the data.
         MissingTool: A metric lacks what it needs. The texts are kept; `reproduce.py score` scores them later.
+        BusyError: Another call is doing it.
     """
+    with alone(options.runs / run.folder):
+        return _execute(run, options, experiment)
+
+
+def _execute(run: Run, options: Options, experiment: str) -> dict[str, Any]:
     folder = options.runs / run.folder
     texts = folder / f"texts-{run.texts_key}"
     state = processes()

@@ -11,7 +11,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .infix import Infix
-from .method import Adapted, Method, Row, Setting, known_fields
+from .method import Adapted, Method, MethodError, Row, Setting, known_fields
 from .peft_methods import Lora, PromptTuning
 from .prefix import Prefix
 from .prompting import Prompting
@@ -19,7 +19,7 @@ from .soft_prompt import EmbeddingOnly
 from .tensors import stored_bytes
 from .weights import FineTuning, TopLayers
 
-__all__ = ["METHODS", "Adapted", "Method", "Row", "Setting", "method_from", "stored_bytes"]
+__all__ = ["METHODS", "Adapted", "Method", "MethodError", "Row", "Setting", "method_from", "stored_bytes"]
 
 METHODS: dict[str, type[Method]] = {
     method.kind: method

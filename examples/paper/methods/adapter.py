@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .blocks import hidden_states, stacks, widths
-from .method import Method, Setting, require_positive
+from .method import Method, MethodError, Setting, require_positive
 from .tensors import TrainedParameters
 
 _NAME = "bottleneck_adapter"
@@ -67,7 +67,7 @@ class Adapter(Method):
         """The base, whose blocks hand their output through adapters.
 
         Raises:
-            ValueError: The fraction is less than the smallest adapters have.
+            MethodError: The fraction is less than the smallest adapters have.
         """
         base = setting.base.requires_grad_(False)
         blocks = [block for stack in stacks(base) for block in stack]
@@ -92,12 +92,12 @@ def bottleneck_for(numbers: float, wide: Sequence[int]) -> int:
         wide: Width of the hidden states, for each block.
 
     Raises:
-        ValueError: A bottleneck of one already has clearly more.
+        MethodError: A bottleneck of one already has clearly more.
     """
     fixed, for_each = 3 * sum(wide), 2 * sum(wide) + len(wide)  # norm and the up-projection's bias; the rest
     size = round((numbers - fixed) / for_each)
     if size < 1:
-        raise ValueError(
+        raise MethodError(
             f"adapter: the smallest adapters have {fixed + for_each:,} numbers, and the fraction asks for "
             f"{round(numbers):,}: use a larger fraction."
         )

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from peft_prefix.example_inputs import example_inputs
 from peft_prefix.structure import evaluation_mode
 
+from .method import MethodError
+
 
 def stacks(base: PreTrainedModel) -> list[nn.ModuleList]:
     """The blocks of a causal model; of an encoder-decoder model first those of the encoder, then the decoder's.
@@ -19,7 +21,7 @@ def stacks(base: PreTrainedModel) -> list[nn.ModuleList]:
     They are the longest list of modules that is in no other list.
 
     Raises:
-        ValueError: The model has no list of modules.
+        MethodError: The model has no list of modules.
     """
     model: Any = base
     parts = [model.get_encoder(), model.get_decoder()] if base.config.is_encoder_decoder else [base]
@@ -52,7 +54,7 @@ def hidden_states(output: Any) -> torch.Tensor:
 def _longest(part: nn.Module) -> nn.ModuleList:
     found = list(_outermost(part))
     if not found:
-        raise ValueError(
+        raise MethodError(
             f"{type(part).__name__} has no torch.nn.ModuleList, so its blocks cannot be found. Use a method that does "
             "not need them (prefix, lora, fine_tuning), or a base of transformers with a list of blocks."
         )

@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from peft_prefix import PrefixConfig, get_prefix_model
 
-from .method import Adapted, Method, Setting
+from .method import Adapted, Method, MethodError, Setting
 from .slots import IGNORED, SlotModel, Slots
 from .tensors import read_tensors, write_tensors
 
@@ -64,11 +64,11 @@ class Infix(Method):
         """The base with the infix.
 
         Raises:
-            ValueError: The base is no causal model whose layers all keep keys and values, or the prompts do not end
+            MethodError: The base is no causal model whose layers all keep keys and values, or the prompts do not end
                 with the separator's tokens.
         """
         if setting.base.config.is_encoder_decoder:
-            raise ValueError(
+            raise MethodError(
                 "infix: in an encoder-decoder model nothing stands between the input and the output, since each is "
                 "read by a part of its own. Use a causal model, or the method prefix."
             )
@@ -76,11 +76,11 @@ class Infix(Method):
         for row in setting.rows[:100]:  # to say it early; each batch is checked, too
             ids = list(setting.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
             if separator and ids[-len(separator) :] != separator:
-                raise ValueError(_no_separator(repr(row["prompt"][-60:])))
+                raise MethodError(_no_separator(repr(row["prompt"][-60:])))
         # The library finds the shapes, and fills and keeps the numbers; they are not used as a prefix.
         prefix = get_prefix_model(setting.base, self._config(setting.seed, setting.instruction), setting.tokenizer)
         if any(layer is None for layer in prefix.geometry.sites["decoder"]):
-            raise ValueError(
+            raise MethodError(
                 "infix: some layers of the base keep no keys and values and would read the place of the infix as text. "
                 "Use a base with attention in all layers, or the method prefix."
             )

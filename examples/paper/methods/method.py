@@ -14,6 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+class MethodError(ValueError):
+    """A method does not fit the base model or the data. The message says what to change."""
+
+
 Row = dict[str, str]
 """A training example: `prompt`, which ends with the separator, and `target`."""
 

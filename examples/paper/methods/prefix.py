@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from peft_prefix import PrefixConfig, PrefixModel, PromptTargetCollator, get_prefix_model
 
-from .method import Adapted, Method, Row, Setting
+from .method import Adapted, Method, MethodError, Row, Setting
 
 _SEARCHED = 1000
 """How many training rows are looked at for demonstrations."""
@@ -63,7 +63,7 @@ class Prefix(Method):
         """The base with the prefix.
 
         Raises:
-            ValueError: No training row fits behind the instruction.
+            MethodError: No training row fits behind the instruction.
         """
         config = self._config(setting.seed, setting.instruction)
         more: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def fitting_rows(setting: Setting, length: int, instruction: str) -> list[Row]:
     In an encoder-decoder model the sources must fit behind the instruction, and the targets behind the start token.
 
     Raises:
-        ValueError: Not one fits.
+        MethodError: Not one fits.
     """
     encode = PromptTargetCollator(setting.tokenizer, setting.base).encode
     source_room, target_room = length - len(setting.tokenizer(instruction)["input_ids"]), length - 1
@@ -133,7 +133,7 @@ def fitting_rows(setting: Setting, length: int, instruction: str) -> list[Row]:
             chosen.append(row)
             source_room, target_room = source_room - source, target_room - target
     if not chosen:
-        raise ValueError(
+        raise MethodError(
             f'prefix: with init="demonstrations" no training row fits into {length} virtual tokens behind the '
             f"instruction, which leaves {source_room}; the shortest has {shortest} tokens. Use a larger length."
         )

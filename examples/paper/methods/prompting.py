@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .method import Adapted, Method, Row, Setting, require_positive
+from .method import Adapted, Method, MethodError, Row, Setting, require_positive
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Prompting(Method):
         """The base, frozen.
 
         Raises:
-            ValueError: There are fewer training rows than examples are wanted.
+            MethodError: There are fewer training rows than examples are wanted.
         """
         if self.shots > len(setting.rows):
-            raise ValueError(f"prompting: {self.shots} shots need as many training rows, not {len(setting.rows)}.")
+            raise MethodError(f"prompting: {self.shots} shots need as many training rows, not {len(setting.rows)}.")
         setting.base.requires_grad_(False)
         examples = random.Random(setting.seed).sample(list(setting.rows), self.shots)
         return Prompted(self, setting, examples)
@@ -76,13 +76,13 @@ class Prompted(Adapted):
         """The prompt behind instruction and examples; the first examples are left out where positions are too few.
 
         Raises:
-            ValueError: Not even the instruction alone fits.
+            MethodError: Not even the instruction alone fits.
         """
         for first in range(len(self.examples) + 1):
             text = self.opening + "".join(self.examples[first:]) + prompt
             if self.room is None or len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.room:
                 return text
-        raise ValueError(
+        raise MethodError(
             f"prompting: a prompt is longer than the {self.room} positions that the base has before an answer. Leave "
             "such inputs out, shorten them, or lower answer_tokens."
         )

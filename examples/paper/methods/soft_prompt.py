@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_prefix.example_inputs import ordinary_tokens
 
-from .method import Adapted, Method, Setting, require_positive
+from .method import Adapted, Method, MethodError, Setting, require_positive
 from .slots import SlotModel, Slots, first_real, input_embeddings
 from .tensors import read_tensors, write_tensors
 
@@ -44,7 +44,7 @@ class SoftPrompt(Method):
         """Embeddings to start from, `(p, width)`.
 
         Raises:
-            ValueError: The text has no tokens.
+            MethodError: The text has no tokens.
         """
         embeddings: Any = input_embeddings(setting.base)
         generator = torch.Generator().manual_seed(setting.seed)
@@ -54,7 +54,7 @@ class SoftPrompt(Method):
             text = setting.instruction if self.init_text is None else self.init_text
             words = torch.tensor(setting.tokenizer(text)["input_ids"], dtype=torch.long)
             if not len(words):
-                raise ValueError(f"{self.kind}: the initial text has no tokens: set init_text.")
+                raise MethodError(f"{self.kind}: the initial text has no tokens: set init_text.")
             words = words.repeat(-(-self.length // len(words)))[: self.length]
         else:
             words = torch.multinomial(ordinary_tokens(setting.base), self.length, replacement=True, generator=generator)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .blocks import stacks
-from .method import Method, Setting, require_positive
+from .method import Method, MethodError, Setting, require_positive
 from .tensors import TrainedParameters
 
 
@@ -50,11 +50,11 @@ class TopLayers(Method):
         """The base itself, frozen below.
 
         Raises:
-            ValueError: It has not as many blocks.
+            MethodError: It has not as many blocks.
         """
         blocks = stacks(setting.base)[-1]
         if self.count > len(blocks):
-            raise ValueError(f"top_layers: the base has {len(blocks)} blocks, not {self.count}: use a smaller count.")
+            raise MethodError(f"top_layers: the base has {len(blocks)} blocks, not {self.count}: use a smaller count.")
         setting.base.requires_grad_(False)
         blocks[-self.count :].requires_grad_(True)
         return TrainedParameters(setting.base)
