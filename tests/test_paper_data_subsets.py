@@ -75,14 +75,10 @@ def test_unknown_protocol():
 
 def test_rows():
     items = [Item("a", ("one", "two")), Item("b", ("three",))]
-    assert rows_of(items, " =>", " ", all_references=True) == [
+    assert rows_of(items, " =>", " ") == [
         {"prompt": "a =>", "target": " one"},
         {"prompt": "a =>", "target": " two"},
         {"prompt": "b =>", "target": " three"},
-    ]
-    assert rows_of(items, "\n", "", all_references=False) == [
-        {"prompt": "a\n", "target": "one"},
-        {"prompt": "b\n", "target": "three"},
     ]
 
 

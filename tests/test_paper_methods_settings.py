@@ -26,28 +26,6 @@ def test_every_kind_is_known_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "label"),
-    [
-        (dict(kind="prefix", length=200), "prefix"),
-        (dict(kind="fine_tuning"), "full fine-tuning"),
-        (dict(kind="top_layers"), "top 2 layers"),
-        (dict(kind="top_layers", count=1), "top layer"),
-        (dict(kind="adapter", fraction=0.03), "adapter 3 %"),
-        (dict(kind="adapter", fraction=0.001), "adapter 0.1 %"),
-        (dict(kind="adapter", width=64), "adapter, width 64"),
-        (dict(kind="lora"), "LoRA"),
-        (dict(kind="prompt_tuning"), "prompt tuning"),
-        (dict(kind="prompting"), "zero-shot prompting"),
-        (dict(kind="prompting", shots=5), "5-shot prompting"),
-        (dict(kind="embedding_only"), "embedding-only"),
-        (dict(kind="infix"), "infix"),
-    ],
-)
-def test_tables_call_it(fields: dict[str, Any], label: str) -> None:
-    assert method_from(fields).label == label
-
-
-@pytest.mark.parametrize(
     ("fields", "message"),
     [
         (dict(kind="magic"), "one of prefix, fine_tuning, .*not 'magic'"),

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
 
-from paper.report import Group, ReportError, UnlikeRunsError, group_runs, keep, read_kept, read_runs
+from paper.report import Group, ReportError, UnlikeRunsError, group_runs, keep, read_kept
 from test_paper_report import record, run
 
 
@@ -60,16 +60,12 @@ def test_a_name_for_one_data_size_is_the_method_of_all() -> None:
     assert group_runs([run(method="adapter_3")])[0].method == "adapter_3"
 
 
-def test_runs_are_read_from_folders_and_lines(tmp_path: Path) -> None:
-    for name, seed in (("b/c", 1), ("a", 0)):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "metrics.json").write_text(json.dumps(record(seed=seed)))
-    lines = [json.dumps(record(seed=seed, steps=100)) for seed in (2, 3)]
-    (tmp_path / "kept.jsonl").write_text("\n\n".join([*lines, json.dumps(record(seed=1))]) + "\n")
-    runs = read_runs(tmp_path / "runs", tmp_path / "kept.jsonl")
-    assert [one.seed for one in runs] == [0, 1, 2, 3]  # seed 1 is kept twice, and is one run
-    assert [one.steps for one in runs] == [None, None, 100, 100]
-    assert runs[3].source == f"{tmp_path / 'kept.jsonl'}, line 3"
+def test_runs_are_read_from_lines(tmp_path: Path) -> None:
+    lines = [json.dumps(record(seed=seed, steps=steps)) for seed, steps in ((2, 100), (3, None))]
+    (tmp_path / "kept.jsonl").write_text("\n\n".join(lines) + "\n")
+    runs = read_kept(tmp_path / "kept.jsonl")
+    assert [(one.seed, one.steps) for one in runs] == [(2, 100), (3, None)]
+    assert runs[1].source == f"{tmp_path / 'kept.jsonl'}, line 3"
 
 
 def test_kept_runs_take_the_place_of_older_ones(tmp_path: Path) -> None:
@@ -86,6 +82,9 @@ def test_kept_runs_take_the_place_of_older_ones(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="lacks"):
         keep([{"experiment": "x"}], file)
     assert file.read_text() == before
+    file.write_text(before + '{"experiment": "x"}\n')
+    with pytest.raises(ReportError, match="line 5 lacks"):
+        keep([record()], file)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +103,4 @@ def test_kept_runs_take_the_place_of_older_ones(tmp_path: Path) -> None:
 def test_what_is_no_run_is_an_error(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "kept.jsonl").write_text(content)
     with pytest.raises(ReportError, match=message):
-        read_runs(tmp_path / "kept.jsonl")
-    with pytest.raises(ReportError, match="neither a folder nor"):
-        read_runs(tmp_path / "nowhere")
+        read_kept(tmp_path / "kept.jsonl")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from .item import Item, pairs_of
 from .sources import DataError
@@ -55,19 +54,14 @@ def within(
     return of_groups(train, trained), of_groups(dev, trained), of_groups(test, tested)
 
 
-def rows_of(
-    items: Sequence[Item], separator: str, target_start: str, all_references: bool = True
-) -> list[dict[str, str]]:
-    """Rows with `prompt` and `target`, in data order.
+def rows_of(items: Sequence[Item], separator: str, target_start: str) -> list[dict[str, str]]:
+    """Rows with `prompt` and `target`, in data order, one for each text of an input.
 
     Args:
         items: What to make rows of.
         separator: What stands between input and text; each prompt ends with it.
         target_start: What each target begins with, usually a space or nothing.
-        all_references: One row for each text of an input, as training wants it; otherwise only for its first text.
     """
-    if not all_references:
-        items = [replace(item, references=item.references[:1]) for item in items]
     return [
         {"prompt": item.source + separator, "target": target_start + item.references[0]} for item in pairs_of(items)
     ]

@@ -58,11 +58,6 @@ class Adapter(Method):
         if (self.width is None) == (self.fraction is None):
             raise ValueError("adapter: give either width (e.g. 64) or fraction (e.g. 0.03).")
 
-    @property
-    def label(self) -> str:
-        """Its size, as it was given."""
-        return f"adapter, width {self.width}" if self.fraction is None else f"adapter {100 * self.fraction:g} %"
-
     def build(self, setting: Setting) -> TrainedParameters:
         """The base, whose blocks hand their output through adapters.
 

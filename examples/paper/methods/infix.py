@@ -55,11 +55,6 @@ class Infix(Method):
         super().__post_init__()
         self._config(seed=0, instruction="")  # says now if a value cannot be
 
-    @property
-    def label(self) -> str:
-        """Infix."""
-        return "infix"
-
     def build(self, setting: Setting) -> Adapted:
         """The base with the infix.
 

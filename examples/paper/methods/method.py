@@ -89,11 +89,6 @@ class Method(ABC):
             if not _fits(value, hints[name]):
                 raise ValueError(f"{self.kind}: {name} must be {_shown(hints[name])}, not {value!r}.")
 
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """What tables call it."""
-
     @abstractmethod
     def build(self, setting: Setting) -> Adapted:
         """The base with this method, before any training."""

@@ -45,11 +45,6 @@ class Lora(Method):
         super().__post_init__()
         require_positive(self, "rank", "alpha")
 
-    @property
-    def label(self) -> str:
-        """LoRA."""
-        return "LoRA"
-
     def build(self, setting: Setting) -> Adapted:
         """PEFT's model."""
         from peft import LoraConfig
@@ -74,11 +69,6 @@ class PromptTuning(SoftPrompt):
     """
 
     kind: ClassVar[str] = "prompt_tuning"
-
-    @property
-    def label(self) -> str:
-        """Prompt tuning."""
-        return "prompt tuning"
 
     def build(self, setting: Setting) -> Adapted:
         """PEFT's model."""

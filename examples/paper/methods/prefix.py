@@ -54,11 +54,6 @@ class Prefix(Method):
         super().__post_init__()
         self._config(seed=0, instruction="")  # says now if a value cannot be
 
-    @property
-    def label(self) -> str:
-        """Prefix."""
-        return "prefix"
-
     def build(self, setting: Setting) -> Adapted:
         """The base with the prefix.
 

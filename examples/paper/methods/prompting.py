@@ -36,11 +36,6 @@ class Prompting(Method):
         if self.shots < 0 or not self.end:
             raise ValueError("prompting: shots is 0 or more, and end is a text that is not empty.")
 
-    @property
-    def label(self) -> str:
-        """How many examples."""
-        return "zero-shot prompting" if self.shots == 0 else f"{self.shots}-shot prompting"
-
     def build(self, setting: Setting) -> Adapted:
         """The base, frozen.
 

@@ -81,11 +81,6 @@ class EmbeddingOnly(SoftPrompt):
         super().__post_init__()
         require_positive(self, "mlp_hidden_size")
 
-    @property
-    def label(self) -> str:
-        """Embedding-only."""
-        return "embedding-only"
-
     def build(self, setting: Setting) -> Adapted:
         """The base behind virtual tokens."""
         initial = self.initial(setting).to(setting.base.device)

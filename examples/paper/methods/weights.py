@@ -16,11 +16,6 @@ class FineTuning(Method):
 
     kind: ClassVar[str] = "fine_tuning"
 
-    @property
-    def label(self) -> str:
-        """Full fine-tuning."""
-        return "full fine-tuning"
-
     def build(self, setting: Setting) -> TrainedParameters:
         """The base itself."""
         return TrainedParameters(setting.base.requires_grad_(True))
@@ -40,11 +35,6 @@ class TopLayers(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "count")
-
-    @property
-    def label(self) -> str:
-        """How many layers."""
-        return "top layer" if self.count == 1 else f"top {self.count} layers"
 
     def build(self, setting: Setting) -> TrainedParameters:
         """The base itself, frozen below.

@@ -3,7 +3,7 @@
 from paper.report.groups import Group, Spread, UnlikeRunsError, group_runs
 from paper.report.pages import build
 from paper.report.published import Paper, read_paper
-from paper.report.runs import FinishedRun, ReportError, finished_run, keep, read_kept, read_runs
+from paper.report.runs import FinishedRun, ReportError, finished_run, keep, read_kept
 
 __all__ = [
     "FinishedRun",
@@ -18,5 +18,4 @@ __all__ = [
     "keep",
     "read_kept",
     "read_paper",
-    "read_runs",
 ]

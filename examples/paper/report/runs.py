@@ -1,4 +1,4 @@
-"""Finished runs: read from folders of `metrics.json` files and from kept lines of JSON."""
+"""Finished runs, kept as lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 from paper.files import write_text
 from paper.yaml_files import into
 
-METRICS_FILE = "metrics.json"
 NAMED = ("experiment", "dataset", "model", "method", "setting", "train_size", "train_groups", "test_groups")
 """Fields that tell what was measured."""
 
@@ -88,26 +87,13 @@ class FinishedRun:
                 )
 
 
-def read_runs(*places: Path) -> list[FinishedRun]:
-    """All finished runs in some places; one that is kept in several of them counts once.
-
-    Args:
-        places: Folders, which are searched for `metrics.json` at every depth, and `.jsonl` files, a run on each line.
+def read_kept(file: Path) -> list[FinishedRun]:
+    """The runs of a `.jsonl` file; none where there is no such file.
 
     Raises:
-        ReportError: A place does not exist or is neither, or what it holds is no finished run.
+        ReportError: A line is no finished run.
     """
-    runs: list[FinishedRun] = []
-    for source, content in (record for place in places for record in _records(place)):
-        run = finished_run(_parsed(source, content), source)
-        if run not in runs:
-            runs.append(run)
-    return runs
-
-
-def read_kept(file: Path) -> list[FinishedRun]:
-    """The runs of a `.jsonl` file; none where there is no such file."""
-    return read_runs(file) if file.is_file() else []
+    return [finished_run(record, source) for source, record in _lines(file)]
 
 
 def keep(records: Iterable[Mapping[str, Any]], file: Path) -> None:
@@ -120,11 +106,11 @@ def keep(records: Iterable[Mapping[str, Any]], file: Path) -> None:
     Raises:
         ReportError: One of them, or a line of the file, is no finished run.
     """
-    new = list(records)
-    for record in new:
-        finished_run(record, str(record.get("experiment")))
-    old = [_parsed(source, content) for source, content in _records(file)] if file.is_file() else []
-    kept = {_identity(record): record for record in [*old, *new]}
+    new = [(str(record.get("experiment")), dict(record)) for record in records]
+    kept: dict[str, dict[str, Any]] = {}
+    for source, record in [*_lines(file), *new]:
+        finished_run(record, source)
+        kept[_identity(record)] = record
     lines = [json.dumps(kept[identity], ensure_ascii=False) + "\n" for identity in sorted(kept)]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(lines))
@@ -143,18 +129,6 @@ def model_name(model: str) -> str:
     return model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _records(place: Path) -> Iterator[tuple[str, str]]:
-    if place.is_dir():
-        for file in sorted(place.rglob(METRICS_FILE)):
-            yield str(file), file.read_text(encoding="utf-8")
-    elif place.is_file() and place.suffix == ".jsonl":
-        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                yield f"{place}, line {number}", line
-    else:
-        raise ReportError(f"{place} is neither a folder nor a .jsonl file of finished runs.")
-
-
 def finished_run(record: Mapping[str, Any], source: str) -> FinishedRun:
     """A run from its fields.
 
@@ -169,6 +143,15 @@ def finished_run(record: Mapping[str, Any], source: str) -> FinishedRun:
         return into(FinishedRun, {**record, "source": source}, source)
     except ValueError as error:
         raise ReportError(str(error)) from error
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line of a file stands and what it says."""
+    content = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            source = f"{file}, line {number}"
+            yield source, _parsed(source, line)
 
 
 def _parsed(source: str, content: str) -> dict[str, Any]:
