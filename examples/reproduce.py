@@ -3,7 +3,7 @@
     python examples/reproduce.py list                                       # the experiments
     python examples/reproduce.py data --data ../shared/data                 # counts of the data sets
     python examples/reproduce.py run small-e2e-low-data --data ../shared/data
-    accelerate launch examples/reproduce.py run e2e-gpt2-medium --data e2e_nlg
+    accelerate launch examples/reproduce.py run table2-e2e --data /data/e2e
     python examples/reproduce.py report
 
 A run that is done is not repeated, and one that was interrupted goes on. `docs/paper.md` tells more.
@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from paper import experiments
@@ -23,12 +24,13 @@ from paper.data import DATASETS, DataError, check, digest, load
 from paper.execute import Options, claim, execute, is_done, result_of
 from paper.generation import kept
 from paper.methods import MethodError
-from paper.metrics import MissingTool
-from paper.processes import BusyError, processes
-from paper.report import ReportError, build, keep, read_kept
+from paper.metrics import OPTIONAL_METRICS, MissingTool
+from paper.processes import BusyError, alone, processes
+from paper.report import ReportError, asked_for, build, keep, read_kept
 from paper.run import Run
 from paper.scoring import score_texts
 from paper.splits import splits_of
+from paper.training import BatchError
 from paper.yaml_files import SettingError, only
 from tqdm.auto import tqdm
 
@@ -71,7 +73,7 @@ def run_experiments(options: argparse.Namespace) -> None:
     for name, run in tqdm(todo, desc="runs", unit="run", disable=not is_main):
         try:
             result = execute(run, where, name)
-        except (MethodError, PrefixError, MissingTool, BusyError) as error:
+        except (MethodError, PrefixError, BatchError, MissingTool, BusyError) as error:
             unfinished[run.folder] = str(error)
             continue
         if is_main:
@@ -84,16 +86,10 @@ def score_again(options: argparse.Namespace) -> None:
     """Compute the metrics of all texts anew."""
     unfinished: dict[str, str] = {}
     for run in (run for name in options.experiments for run in _runs(name, options)):
-        texts = options.runs / run.folder / f"texts-{run.texts_key}"
-        splits = splits_of(run.data, options.data)
-        written = kept(texts)
-        if len(written) < len(splits.test):
-            print(f"{run.folder}: {len(written)} of {len(splits.test)} texts are there; left out.")
-            continue
-        claim(texts / "digests.json", {"test": digest(splits.test)})
         try:
-            score_texts(run.data.dataset, splits.test, [written[index] for index in range(len(splits.test))], texts)
-        except MissingTool as error:
+            with alone(options.runs / run.folder):
+                _score(run, options)
+        except (MissingTool, BusyError) as error:
             unfinished[run.folder] = str(error)
     _require_no(unfinished)
 
@@ -103,14 +99,30 @@ def report(options: argparse.Namespace) -> None:
     known = experiments.load()
     for name in only(known, options.experiments or list(known), "experiment"):
         file = options.kept / f"{name}.jsonl"
-        done = [run for run in _runs(name, options) if is_done(run, options.runs)]
+        asked = _runs(name, options)
+        done = [run for run in asked if is_done(run, options.runs)]
         if done:
             keep([result_of(run, options.runs, name) for run in done], file)
-        runs = read_kept(file) if file.is_file() else []
+        found = read_kept(file)
+        runs = asked_for(found, [run.asked for run in asked])
+        if len(runs) < len(found):
+            print(f"{name}: {len(found) - len(runs)} of {len(found)} runs in {file} are not asked for; left out.")
         if not runs:
             print(f"{name}: no run is done in {options.runs}, and none is kept in {options.kept}.")
         for written in build(runs, options.pages, about={name: known[name].about}):
             print(written)
+
+
+def _score(run: Run, options: argparse.Namespace) -> None:
+    texts = options.runs / run.folder / f"texts-{run.texts_key}"
+    splits = splits_of(run.data, options.data)
+    written = kept(texts)
+    if len(written) < len(splits.test):
+        print(f"{run.folder}: {len(written)} of {len(splits.test)} texts are there; left out.")
+        return
+    claim(texts / "digests.json", {"test": digest(splits.test)})
+    predictions = [written[index] for index in range(len(splits.test))]
+    score_texts(run.data.dataset, splits.test, predictions, texts, options.also)
 
 
 def _require_no(unfinished: dict[str, str]) -> None:
@@ -156,6 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         one.add_argument("--runs", type=Path, default=Path("paper-runs"), help="folder of all runs")
     run.add_argument("--accumulation", type=int, default=1, help="parts of a batch, one after another, to save memory")
     run.add_argument("--generation-batch", type=int, default=16, help="texts at the same time")
+    again.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        choices=sorted({*chain(*OPTIONAL_METRICS.values())}),
+        help="metrics beside the usual ones, whose weights must be at hand: %(choices)s",
+    )
     tables.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="all without it")
     tables.add_argument("--kept", type=Path, default=KEPT, help="folder of the small files with results")
     tables.add_argument("--pages", type=Path, default=Path("paper-report"), help="folder of the tables and pictures")

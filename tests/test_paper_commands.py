@@ -94,7 +94,7 @@ def test_what_is_scored_is_what_the_paper_printed(
 ) -> None:
     monkeypatch.undo()
     rules = EVALUATIONS[dataset]
-    monkeypatch.setattr(scoring, "score_dataset", lambda dataset, texts, references: dict.fromkeys(rules.metrics, 1.0))
+    monkeypatch.setattr(scoring, "score_dataset", lambda dataset, texts, references, names: dict.fromkeys(names, 1.0))
     scoring.score_texts(dataset, [Item("a", ("b",))], ["b"], tmp_path)
     scored = read_json(tmp_path / "metrics.json")["metrics"]["all"].keys()
     printed = {
@@ -267,8 +267,15 @@ def test_texts_can_be_scored_anew(
     (file,) = (tmp_path / "runs").rglob("metrics.json")
     wanted = file.read_text()
     file.unlink()
+    with alone(file.parents[1]), pytest.raises(SystemExit, match="Another call works on it"):
+        reproduce.main(["score", *where])
     reproduce.main(["score", *where])
     assert file.read_text() == wanted
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score_dataset", lambda dataset, texts, references, names: dict.fromkeys(names, 1.0))
+        reproduce.main(["score", *where, "--also", "bertscore"])
+    assert read_json(file)["metrics"]["all"].keys() == {"rouge_1", "rouge_2", "rouge_L", "bertscore"}
+    file.write_text(wanted)
     (texts,) = (tmp_path / "runs").rglob("texts-0.jsonl")
     texts.write_text("".join(texts.read_text().splitlines(keepends=True)[:-1]))
     reproduce.main(["score", *where])

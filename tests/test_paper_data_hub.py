@@ -149,6 +149,20 @@ def test_a_split_that_is_not_there(hub):
         load("xsum", "xsum", "dev")
 
 
+@pytest.mark.parametrize(("name", "folder"), [("me/xsum", None), ("me/xsum:en", "en")])
+def test_data_behind_a_script_are_read_from_their_copy_in_parquet(monkeypatch, name, folder):
+    row = {"document": "Line one.", "summary": "Sum."}
+
+    def load_dataset(name, config=None, *, data_dir=None, revision=None):
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xsum.py")
+        assert (name, config, data_dir, revision) == ("me/xsum", None, folder, "refs/convert/parquet")
+        return datasets.DatasetDict({"test": datasets.Dataset.from_list([row])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("xsum", name, "test") == [Item("Line one.", ("Sum.",))]
+
+
 def test_neither_folder_nor_on_the_hub(monkeypatch):
     def load_dataset(name, config=None):
         raise FileNotFoundError(f"no {name}")

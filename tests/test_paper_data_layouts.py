@@ -187,7 +187,10 @@ DART = [
     {"tripleset": [["A", "B_C", "D"], ["[TABLECONTEXT]", "[TITLE]", "E"]], "annotations": []},
     {"tripleset": [["First Clearing", "Location", "NYS 52"]], "annotations": [{"text": "There"}, {"text": ""}]},
 ]
-DART_ITEMS = [Item("First Clearing : location : NYS 52", ("On it", "There", ""))]
+DART_ITEMS = [
+    Item("First Clearing : location : NYS 52", ("On it",)),
+    Item("First Clearing : location : NYS 52", ("There", "")),
+]
 
 
 @pytest.mark.parametrize("name", ["dart-v1.1.1-full-train.json", "train.json"])

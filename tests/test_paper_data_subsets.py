@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from paper.data import DataError, Item, check, digest, low_data, of_groups, rows_of, within
-from paper.data.item import merged
+from paper.data.item import merged, with_texts
 
 TRAIN = [Item(f"input {i}", tuple(f"text {i}.{j}" for j in range(i % 3 + 1)), group="ab"[i % 2]) for i in range(60)]
 DEV = [replace(item, source=f"dev {item.source}") for item in TRAIN]
@@ -89,7 +89,8 @@ def test_merging():
         Item("c", ("two",), "Y"),
         Item("a", ("one", "three "), "Y", seen=True),
     ]
-    assert merged(items) == [Item("a", ("one", "one", "three"), "X", seen=True), Item("c", ("two",), "Y")]
+    assert [item.source for item in with_texts(items)] == ["a", "c", "a"]
+    assert merged(with_texts(items)) == [Item("a", ("one", "one", "three"), "X", seen=True), Item("c", ("two",), "Y")]
 
 
 def test_digest_tells_any_change():
@@ -113,6 +114,4 @@ def test_counts_of_inputs():
     items = [Item(f"{i}", ("x",) * (7 if i else 4693 - 7 * 629)) for i in range(630)]
     assert check("e2e", "test", items) is None
     split = [*items[:-1], Item("p", ("x",)), Item("q", ("x",) * 6)]
-    assert check("e2e", "test", split) == (
-        "e2e test: expected 4693 texts, 630 distinct inputs; found 4693 texts, 631 distinct inputs."
-    )
+    assert check("e2e", "test", split) == ("e2e test: expected 4693 texts, 630 inputs; found 4693 texts, 631 inputs.")

@@ -184,7 +184,7 @@ def test_a_page_for_each_experiment(tmp_path: Path) -> None:
         run(experiment="lengths", setting={"length": 1}, curve=[], versions={"torch": "2.12.0"}),
         run(experiment="lengths", setting={"length": 10}, curve=[], inputs_scored=1000),
         run(experiment="words", setting={"init": "text", "init_text": "a"}, curve=[]),
-        run(experiment="words", setting={"init": "zeros"}, curve=[]),
+        run(experiment="words", setting={"init": "zeros"}, curve=[], notes=["expected 3 texts", "found 2"]),
         run(experiment="facts", dataset="webnlg", metrics=scores, curve=[]),
     ]
     files = build(runs, tmp_path / "new", about={"sizes": "What more data do"})
@@ -195,11 +195,14 @@ def test_a_page_for_each_experiment(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files if file.suffix == ".png")
     page = (tmp_path / "new" / "lengths.md").read_text()
-    assert page.startswith("# lengths\n\nBase: gpt2-medium. Scored on 630 to 1,000 distinct inputs. With torch 2.12.0")
+    assert page.startswith("# lengths\n\nBase: gpt2-medium. Scored on 630 to 1,000 inputs. With torch 2.12.0")
     assert "![Scores over the prefix's length](lengths-length.png)" in page
     assert "- Best prefix length, table-to-text (DART): 10 (Section 7.1, figure 4)" in page
     assert "embeddings alone" not in page
     assert (tmp_path / "new" / "sizes.md").read_text().startswith("# sizes\n\nWhat more data do.\n\nBase: ")
+    words = (tmp_path / "new" / "words.md").read_text()
+    assert "The data are not the published ones:\n\n- expected 3 texts\n- found 2\n\nMean" in words
+    assert "not the published" not in page
     assert "On unseen WebNLG categories" in (tmp_path / "new" / "facts.md").read_text()
 
 

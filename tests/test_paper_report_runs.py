@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("yaml")
 
-from paper.report import Group, ReportError, UnlikeRunsError, group_runs, keep, read_kept
+from paper.report import Group, ReportError, UnlikeRunsError, asked_for, group_runs, keep, read_kept
 from test_paper_report import record, run
 
 
@@ -66,6 +66,13 @@ def test_runs_are_read_from_lines(tmp_path: Path) -> None:
     runs = read_kept(tmp_path / "kept.jsonl")
     assert [(one.seed, one.steps) for one in runs] == [(2, 100), (3, None)]
     assert runs[1].source == f"{tmp_path / 'kept.jsonl'}, line 3"
+
+
+def test_runs_of_other_settings_are_not_asked_for() -> None:
+    wanted = [{"setting": run().setting, "seed": seed} for seed in (0, 1)]
+    runs = [run(), run(seed=1), run(seed=2), run(setting={"kind": "prefix", "length": 7}), run(model="gpt2-large")]
+    assert asked_for(runs, wanted) == [runs[0], runs[1], runs[4]]
+    assert asked_for(runs, []) == []
 
 
 def test_kept_runs_take_the_place_of_older_ones(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from paper.metrics import MissingTool
 from paper.run import DataChoice, Run
 from paper.settings import DatasetSettings, MethodSettings, Training
 from paper.splits import rows, shortened, splits_of
-from paper.training import steps_of
+from paper.training import BatchError, steps_of
 from paper.yaml_files import SettingError
 
 from peft_prefix import PromptTargetCollator
@@ -204,8 +204,31 @@ def test_texts_outlive_a_metric_that_cannot_be_computed(
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="batch of 4 rows cannot be divided into 3"):
+    with pytest.raises(BatchError, match="batch of 4 rows cannot be divided into 3"):
         execute(run_of(place), replace(options(place, tmp_path), accumulation=3), "some")
+
+
+def test_another_precision_than_that_of_the_settings_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SettingError, match=r"settings train with mixed precision 'no'.*asks for 'bf16'"):
+        execute(run_of(place), options(place, tmp_path), "some")
+
+
+def test_the_published_numbers_that_the_data_lack_are_told(place: Path, tmp_path: Path) -> None:
+    train, *_ = execute(run_of(place), options(place, tmp_path), "some")["notes"]
+    assert train.startswith("bbc train: expected 1754 texts; found")
+
+
+@pytest.mark.parametrize("base", ["causal", "encoder-decoder"])
+def test_the_dropout_of_the_base_can_be_off(base: str, place: Path, tmp_path: Path) -> None:
+    with_it, without = (
+        execute(run_of(place, base, base_dropout=is_on), options(place, tmp_path), "some") for is_on in (True, False)
+    )
+    none_in_it = execute(run_of(place, f"{base}-plain"), options(place, tmp_path), "some")
+    assert [point["dev_loss"] for point in without["curve"]] == [point["dev_loss"] for point in none_in_it["curve"]]
+    assert without["curve"] != with_it["curve"]
 
 
 def test_epochs_are_turned_into_steps() -> None:

@@ -93,6 +93,8 @@ def _execute(run: Run, options: Options, experiment: str) -> dict[str, Any]:
         return result_of(run, options.runs, experiment)
     set_seed(run.seed)
     base, tokenizer = load_base(run.model)
+    if run.settings.training is not None and not run.settings.training.base_dropout:
+        without_dropout(base)
     size = base.num_parameters()
     train_rows = rows(splits.train, run.task, tokenizer)
     adapted = run.settings.method.build(
@@ -114,6 +116,7 @@ def _execute(run: Run, options: Options, experiment: str) -> dict[str, Any]:
                 options.accumulation,
                 options.callbacks,
             )
+            state.wait_for_everyone()  # before the checkpoints go, every process has read the best one
         if state.is_main_process:
             adapted.save(folder / "trained")
             facts |= {"trained_parameters": trained, "base_parameters": size}
@@ -159,14 +162,10 @@ def result_of(run: Run, runs: Path, experiment: str) -> dict[str, Any]:
         "experiment": experiment,
         "dataset": run.data.dataset,
         "model": run.model,
-        "method": run.method,
-        "setting": run.settings.described(),
-        "task": {**run.trained["task"], **run.texts, "dev_inputs": run.data.dev_inputs},
-        "train_size": run.data.train_size,
-        "subset": run.data.subset,
-        "seed": run.seed,
+        **run.asked,
         "train_groups": data["train_groups"],
         "test_groups": data["test_groups"],
+        "notes": data["notes"],
         **read_json(texts / "metrics.json"),
         **read_json(folder / "training.json"),
         "versions": read_json(folder / "versions.json"),
@@ -187,6 +186,16 @@ def load_base(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer.pad_token = tokenizer.eos_token
     base.generation_config.pad_token_id = tokenizer.pad_token_id
     return base, tokenizer
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Set all dropout of a model to 0, in modules of its own and where a module only has the number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def claim(file: Path, digests: dict[str, str]) -> None:

@@ -65,6 +65,19 @@ class Run:
         return _as_read(self._texts())
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """Everything that results of the run are known by, but for the model and the data's groups."""
+        trained = self.trained
+        return {
+            "method": self.method,
+            "setting": trained["setting"],
+            "task": {**trained["task"], **self.texts, "dev_inputs": self.data.dev_inputs},
+            "train_size": self.data.train_size,
+            "subset": self.data.subset,
+            "seed": self.seed,
+        }
+
+    @property
     def key(self) -> str:
         """Names what is trained: equal for runs that differ only in the texts that they generate."""
         return _digest(self._trained())

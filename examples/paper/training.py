@@ -22,6 +22,10 @@ from peft_prefix.prompt_target import IGNORED
 EVALUATION_ROWS = 16
 
 
+class BatchError(ValueError):
+    """The rows of a batch cannot be shared evenly. The message says how to start the run instead."""
+
+
 def train(
     adapted: Adapted,
     training: Training,
@@ -82,9 +86,9 @@ def _arguments(training: Training, rows: int, folder: Path, seed: int, accumulat
     """The Trainer's arguments; `batch_size` is shared by all processes."""
     places = processes().num_processes * accumulation
     if training.batch_size % places:
-        raise SettingError(
+        raise BatchError(
             f"A batch of {training.batch_size} rows cannot be divided into {places} equal parts (processes times "
-            "accumulation). Choose a number of processes and an accumulation that divide it."
+            "accumulation). Choose a number of processes and an accumulation that divide it; one process always does."
         )
     steps = steps_of(training, rows)
     every = math.ceil(steps / training.evaluations)
@@ -114,6 +118,12 @@ def _arguments(training: Training, rows: int, folder: Path, seed: int, accumulat
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
+    wanted = "bf16" if training.bf16 else "no"
+    if arguments.mixed_precision != wanted:
+        raise SettingError(
+            f"The settings train with mixed precision {wanted!r}, and accelerate's configuration asks for "
+            f"{arguments.mixed_precision!r}. Start with accelerate launch --mixed_precision {wanted}."
+        )
     if arguments.n_gpu > 1:
         raise SettingError(
             f"One process with {arguments.n_gpu} GPUs would train with other batches than the settings say. Start one "

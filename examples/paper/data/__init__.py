@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from . import bbc, dart, e2e, webnlg, xsum
 from .counts import check
-from .item import Item, digest, merged
+from .item import Item, digest, merged, with_texts
 from .sources import SPLITS, DataError, Reader, read
 from .subsets import PROTOCOLS, low_data, of_groups, rows_of, within
 
@@ -32,7 +32,7 @@ DATASETS: tuple[str, ...] = tuple(_READERS)
 
 
 def load(dataset: str, source: str, split: str) -> list[Item]:
-    """One item for each distinct input of a split, in order of first appearance.
+    """One item for each distinct input of a split, in order of first appearance; of DART one for each entry.
 
     Args:
         dataset: One of `DATASETS`.
@@ -45,7 +45,9 @@ def load(dataset: str, source: str, split: str) -> list[Item]:
         raise DataError(f"Unknown data set {dataset!r}; known are {', '.join(DATASETS)}.")
     if split not in SPLITS:
         raise DataError(f"Unknown split {split!r}; known are {', '.join(SPLITS)}.")
-    items = merged(read(_READERS[dataset], dataset, source, split))
+    reader = _READERS[dataset]
+    entries = with_texts(read(reader, dataset, source, split))
+    items = merged(entries) if reader.MERGED else list(entries)
     if not items:
         raise DataError(f"{source} has nothing for the {split} split of {dataset}.")
     return items

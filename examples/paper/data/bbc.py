@@ -14,6 +14,7 @@ from .item import Item
 from .sources import DataError, HubData, missing, own_split, records_of
 
 LAYOUTS = "bbc.jsonl (topic, title, paragraphs)"
+MERGED = True
 CONFIGS: Mapping[str, str] = {}
 
 

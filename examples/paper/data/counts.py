@@ -18,7 +18,7 @@ class Counts:
     unseen: int | None = None
 
     def __str__(self) -> str:
-        words = {"texts": "texts", "inputs": "distinct inputs", "seen": "seen inputs", "unseen": "unseen inputs"}
+        words = {"texts": "texts", "inputs": "inputs", "seen": "seen inputs", "unseen": "unseen inputs"}
         return ", ".join(f"{count} {words[name]}" for name, count in asdict(self).items() if count is not None)
 
 
@@ -31,7 +31,7 @@ PUBLISHED: dict[tuple[str, str], Counts] = {
     ("webnlg", "test"): Counts(4928, seen=971, unseen=891),
     ("dart", "train"): Counts(62659),
     ("dart", "dev"): Counts(6980),
-    ("dart", "test"): Counts(12552),
+    ("dart", "test"): Counts(12552, inputs=5097),
     ("xsum", "train"): Counts(204045),
     ("xsum", "dev"): Counts(11332),
     ("xsum", "test"): Counts(11334),

@@ -19,6 +19,7 @@ LAYOUTS = (
     "the paper's src1_train.txt, src1_valid.txt and src1_test.txt, or the official trainset.csv, devset.csv and "
     "testset_w_refs.csv with the columns mr and ref"
 )
+MERGED = True
 CONFIGS: Mapping[str, str] = {}
 _PAPER_FILES = {"train": "src1_train.txt", "dev": "src1_valid.txt", "test": "src1_test.txt"}
 _OFFICIAL_FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}

@@ -22,22 +22,26 @@ class Item:
     """WebNLG: whether training has inputs of this category."""
 
 
+def with_texts(items: Iterable[Item]) -> Iterator[Item]:
+    """Items that have texts; blanks around inputs and texts are cut off."""
+    for item in items:
+        if item.references:
+            yield replace(item, source=item.source.strip(), references=tuple(text.strip() for text in item.references))
+
+
 def merged(items: Iterable[Item]) -> list[Item]:
-    """One item for each distinct input, in order of first appearance; blanks around inputs and texts are cut off.
+    """One item for each distinct input, in order of first appearance.
 
     An input that comes with several groups keeps the first one, and is seen if training has any of them. (WebNLG lists
     33 training inputs under two categories, such as a country among airports and cities; none of its test.)
     """
     found: dict[str, Item] = {}
     for item in items:
-        source, references = item.source.strip(), tuple(text.strip() for text in item.references)
-        if not references:
-            continue
-        if before := found.get(source):
-            both = replace(before, references=before.references + references, seen=before.seen or item.seen)
-            found[source] = both
+        if before := found.get(item.source):
+            both = before.references + item.references
+            found[item.source] = replace(before, references=both, seen=before.seen or item.seen)
         else:
-            found[source] = replace(item, source=source, references=references)
+            found[item.source] = item
     return list(found.values())
 
 

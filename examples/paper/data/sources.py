@@ -14,6 +14,7 @@ from .item import Item
 
 SPLITS = ("train", "dev", "test")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+_PARQUET = "refs/convert/parquet"
 _HUB_SPLITS = {"train": ("train",), "dev": ("validation", "dev"), "test": ("test",)}
 
 
@@ -58,6 +59,10 @@ class Reader(Protocol):
     @property
     def CONFIGS(self) -> Mapping[str, str]:  # noqa: N802
         """The configuration to take of data sets on the Hub that have several."""
+
+    @property
+    def MERGED(self) -> bool:  # noqa: N802
+        """Whether all texts of one input are its references, from whichever entries."""
 
     def from_folder(self, folder: Path, split: str) -> Iterator[Item]:
         """What the files of a folder say, equal inputs not yet merged."""
@@ -131,9 +136,16 @@ def _load_from_hub(source: str, configs: Mapping[str, str], accepted: str) -> Hu
             f"There is no folder {source}, and reading it from the Hub takes the package datasets: "
             f"pip install datasets. {accepted}"
         ) from error
-    name, _, config = source.partition(":")
+    name, _, asked = source.partition(":")
+    config = asked or configs.get(name)
     try:
-        data = load_dataset(name, config or configs.get(name))
+        try:
+            data = load_dataset(name, config)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # The Hub's own copy in Parquet, with a folder for each configuration.
+            data = load_dataset(name, data_dir=config, revision=_PARQUET)
     except Exception as error:
         raise DataError(
             f"There is no folder {source}, and the Hub did not give a data set of that name ({error}). {accepted}"

@@ -22,6 +22,7 @@ LAYOUTS = (
     "on) and test with testdata_with_lex.xml; the training files are needed for every split, since they tell which "
     "categories are seen"
 )
+MERGED = True
 CONFIGS: Mapping[str, str] = {
     "web_nlg": "webnlg_challenge_2017",
     "webnlg-challenge/web_nlg": "webnlg_challenge_2017",

@@ -18,6 +18,7 @@ LAYOUTS = (
     f"subset.jsonl (id, document, summary), with or without {SPLIT_FILE}, or the official bbc-summary-data/*.summary "
     f"with {SPLIT_FILE}, or train, val and test, each as .source and .target with one article and summary a line"
 )
+MERGED = True
 CONFIGS: Mapping[str, str] = {}
 _LINE_FILES = {"train": "train", "dev": "val", "test": "test"}
 _OFFICIAL_SPLITS = {"train": "train", "dev": "validation", "test": "test"}

@@ -3,7 +3,7 @@
 from paper.report.groups import Group, Spread, UnlikeRunsError, group_runs
 from paper.report.pages import build
 from paper.report.published import Paper, read_paper
-from paper.report.runs import FinishedRun, ReportError, finished_run, keep, read_kept
+from paper.report.runs import FinishedRun, ReportError, asked_for, finished_run, keep, read_kept
 
 __all__ = [
     "FinishedRun",
@@ -12,6 +12,7 @@ __all__ = [
     "ReportError",
     "Spread",
     "UnlikeRunsError",
+    "asked_for",
     "build",
     "finished_run",
     "group_runs",

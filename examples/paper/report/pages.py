@@ -124,7 +124,9 @@ def _origin(groups: Sequence[Group]) -> str:
     models = ", ".join(sorted({model_name(run.model) for run in runs}))
     scored = sorted({run.inputs_scored for run in runs})
     inputs = f"{scored[0]:,}" if len(scored) == 1 else f"{scored[0]:,} to {scored[-1]:,}"
-    return f"Base: {models}. Scored on {inputs} distinct inputs. With {packages}."
+    notes = "".join(f"\n- {note}" for note in dict.fromkeys(note for run in runs for note in run.notes))
+    others = f"\n\nThe data are not the published ones:\n{notes}" if notes else ""
+    return f"Base: {models}. Scored on {inputs} inputs. With {packages}.{others}"
 
 
 def _number(number: Number) -> str:

@@ -62,9 +62,10 @@ class Scores:
 
     def is_of(self, run: FinishedRun) -> bool:
         """Whether it is of the data, method and settings of a run, with whichever model."""
+        is_whole = run.train_size is None and run.task.get("test_inputs") is None and not run.notes
         return (
             self.split == "test"
-            and run.train_size is None
+            and is_whole
             and (self.dataset, self.method) == (run.dataset, run.method)
             and (_listed(self.train_groups), _listed(self.test_groups))
             == (_listed(run.train_groups), _listed(run.test_groups))

@@ -48,6 +48,7 @@ class FinishedRun:
         versions: Of the packages.
         steps: Optimizer steps that were taken.
         task: How prompts, targets and texts are written, and what the dev loss is measured on.
+        notes: How the data differ from the published ones, or nothing.
         source: Where it was read, for errors.
 
     Raises:
@@ -75,6 +76,7 @@ class FinishedRun:
     versions: Mapping[str, str]
     steps: int | None = None
     task: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,17 @@ def read_kept(file: Path) -> list[FinishedRun]:
         ReportError: A line is no finished run.
     """
     return [finished_run(record, source) for source, record in _lines(file)]
+
+
+def asked_for(runs: Iterable[FinishedRun], wanted: Iterable[Mapping[str, Any]]) -> list[FinishedRun]:
+    """Those of some runs, of whichever model, that were asked for.
+
+    Args:
+        runs: Finished runs.
+        wanted: Values of some fields, for each run that is asked for.
+    """
+    known = [dict(one) for one in wanted]
+    return [run for run in runs if any(all(getattr(run, name) == one[name] for name in one) for one in known)]
 
 
 def keep(records: Iterable[Mapping[str, Any]], file: Path) -> None:

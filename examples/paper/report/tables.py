@@ -16,7 +16,7 @@ CAPTION = (
     "Mean ± standard deviation over seeds and subsets; {percent} in per cent, {plain} as their tools print them. "
     "Higher is better, but for {losses} and the dev loss (nats per target token). An empty cell is a number that there "
     "is not. Rows marked “paper” are Li & Liang's (2021), with as many digits as they print, trained and scored on the "
-    "whole data."
+    "whole data. Trained parameters count an MLP that a prefix is trained through; it is not stored."
 )
 
 

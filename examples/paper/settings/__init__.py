@@ -27,6 +27,7 @@ class Training:
         evaluations: How often the dev loss is measured, the last time at the end.
         select: Which weights are kept: the last ones, or those with the lowest dev loss (early stopping).
         bf16: Train in bfloat16 autocast.
+        base_dropout: Whether the base's own dropout acts in training.
     """
 
     learning_rate: float
@@ -38,6 +39,7 @@ class Training:
     evaluations: int = 4
     select: Literal["last", "best"] = "last"
     bf16: bool = False
+    base_dropout: bool = True
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
