@@ -114,6 +114,8 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _score(run: Run, options: argparse.Namespace) -> None:
+    on_request = dict.fromkeys(OPTIONAL_METRICS[run.data.dataset])
+    also = list(only(on_request, options.also, f"metric on request of {run.data.dataset}"))
     texts = options.runs / run.folder / f"texts-{run.texts_key}"
     splits = splits_of(run.data, options.data)
     written = kept(texts)
@@ -122,7 +124,7 @@ def _score(run: Run, options: argparse.Namespace) -> None:
         return
     claim(texts / "digests.json", {"test": digest(splits.test)})
     predictions = [written[index] for index in range(len(splits.test))]
-    score_texts(run.data.dataset, splits.test, predictions, texts, options.also)
+    score_texts(run.data.dataset, splits.test, predictions, texts, also)
 
 
 def _require_no(unfinished: dict[str, str]) -> None:

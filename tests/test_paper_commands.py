@@ -271,6 +271,10 @@ def test_texts_can_be_scored_anew(
         reproduce.main(["score", *where])
     reproduce.main(["score", *where])
     assert file.read_text() == wanted
+    with pytest.raises(SystemExit, match="SettingError: There is no metric on request of bbc 'bertscore'"):
+        reproduce.main(["score", *where, "--also", "bertscore"])
+    assert file.read_text() == wanted
+    monkeypatch.setitem(reproduce.OPTIONAL_METRICS, "bbc", ("bertscore",))
     with monkeypatch.context() as patched:
         patched.setattr(scoring, "score_dataset", lambda dataset, texts, references, names: dict.fromkeys(names, 1.0))
         reproduce.main(["score", *where, "--also", "bertscore"])

@@ -112,6 +112,12 @@ def test_little_data_are_not_compared_with_the_papers_full_data() -> None:
     assert [row[:3] for row in rows[1:]] == [["prefix", "100", "gpt2-medium"]]
 
 
+@pytest.mark.parametrize("part", [{"notes": ["found less"]}, {"task": {"test_inputs": 100}}], ids=["notes", "inputs"])
+def test_other_data_are_not_compared_with_the_papers(part: dict[str, Any]) -> None:
+    assert {row[0] for row in table(run())[1:]} > {"prefix"}
+    assert [row[0] for row in table(run(**part))[1:]] == ["prefix"]
+
+
 def test_settings_that_vary_become_columns() -> None:
     runs = [run(method="infix", setting={"length": length, "learning_rate": 1e-3}) for length in (20, 1, 10)]
     rows = table(*runs)
